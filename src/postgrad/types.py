@@ -117,6 +117,19 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
+class Dropped:
+    """A row that is not used, and why: a line of data/dropped.jsonl. Nothing is dropped silently."""
+
+    id: str
+    source: str
+    step: str
+    """`invalid`, `duplicate`, `overlap`, `overlength`, `truncated` or `limit`."""
+    reason: str
+    twin: str | None = None
+    """`source` of the row that was kept instead."""
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
     """A rendered example: token ids and the weight of each token as a *label*.
 
