@@ -1,0 +1,1 @@
+"""Models: load, adapt, attend, generate, export."""

@@ -1,0 +1,248 @@
+"""LoRA: low-rank updates of frozen linear layers; on disk a PEFT directory, both ways.
+
+W' = W + (alpha / r) B A with A [r, in] and B [out, r] (Hu et al. 2021, arXiv 2106.09685). The layer
+is our own so that the backward pass keeps only its input and x Aᵀ; the directory is PEFT's.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from postgrad.config import LoraConfig
+from postgrad.errors import ModelError
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."
+
+
+class _LoraFunction(torch.autograd.Function):
+    """y = x Wᵀ + b + s (x Aᵀ) Bᵀ with W frozen: saves x and x Aᵀ only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        a_cast, b_cast = a.to(x.dtype), (b * scale).to(x.dtype)
+        low = flat @ a_cast.t()
+        y = functional.linear(flat, weight, bias)
+        y.addmm_(low, b_cast.t())
+        ctx.save_for_backward(flat, low, weight, a_cast, b_cast)
+        ctx.scale, ctx.shape = scale, x.shape
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        flat, low, weight, a, b = ctx.saved_tensors
+        grad = grad.reshape(-1, grad.shape[-1])
+        grad_low = grad @ b
+        grad_b = (grad.t() @ low).float().mul_(ctx.scale)
+        grad_a = (grad_low.t() @ flat).float()
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ weight).addmm_(grad_low, a).view(ctx.shape)
+        return grad_x, None, None, grad_a, grad_b, None
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer with a trainable low-rank update in float32."""
+
+    def __init__(self, base: nn.Linear, config: LoraConfig) -> None:
+        """Wrap `base`; A is Kaiming-uniform, B zero, so the layer starts as `base` exactly."""
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(config.r, base.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.r, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        divisor = math.sqrt(config.r) if config.use_rslora else config.r
+        self.scale = config.lora_alpha / divisor
+        self.dropout = config.lora_dropout
+        self.enabled = True
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight [out, in]."""
+        return self.base.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return base(x) plus the scaled update; x [..., in] -> [..., out]."""
+        if not self.enabled:
+            return self.base(x)  # type: ignore[no-any-return]
+        if self.dropout and self.training:
+            dropped = functional.dropout(x, self.dropout).to(x.dtype)
+            low = dropped @ self.lora_A.to(x.dtype).t()
+            return self.base(x) + low @ (self.lora_B * self.scale).to(x.dtype).t()  # type: ignore[no-any-return]
+        return _LoraFunction.apply(  # type: ignore[no-any-return]
+            x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scale
+        )
+
+    def delta(self) -> Tensor:
+        """Return the update (alpha / r) B A [out, in] in float32."""
+        return (self.lora_B.float() @ self.lora_A.float()) * self.scale
+
+
+def add_lora(model: Any, config: LoraConfig, seed: int) -> list[str]:
+    """Freeze the model, wrap the target layers in place and return their names.
+
+    Raises ModelError when a named target matches no linear layer.
+    """
+    model.requires_grad_(False)
+    names = target_layers(model, config)
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        setattr(owner, child, LoraLinear(getattr(owner, child), config))
+    torch.set_rng_state(generator_state)
+    return names
+
+
+def target_layers(model: Any, config: LoraConfig) -> list[str]:
+    """Return the names of the linear layers that get an adapter, in model order."""
+    head = model.get_output_embeddings()
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    if config.target_modules == "all-linear":
+        return list(linear)
+    chosen: list[str] = []
+    for target in config.target_modules:
+        matches = [n for n in linear if n == target or n.endswith("." + target)]
+        if not matches:
+            endings = sorted({name.rpartition(".")[2] for name in linear})
+            raise ModelError(
+                f"model.adapt.target_modules: no linear layer is called {target}",
+                f"choose from {', '.join(endings)} or all-linear",
+            )
+        chosen += matches
+    return [name for name in linear if name in set(chosen)]
+
+
+def lora_layers(model: Any) -> dict[str, LoraLinear]:
+    """Return name -> adapter layer."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, LoraLinear)}
+
+
+@contextmanager
+def disabled(model: Any) -> Iterator[None]:
+    """Switch the adapters off: inside, the model *is* its base; no second copy is needed."""
+    layers = list(lora_layers(model).values())
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+def adapter_state(model: Any) -> dict[str, Tensor]:
+    """Return the adapter under PEFT's names, float32 on the CPU."""
+    state: dict[str, Tensor] = {}
+    for name, layer in lora_layers(model).items():
+        state[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
+        state[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
+    return state
+
+
+def save_adapter(model: Any, config: LoraConfig, directory: Path, base: str) -> None:
+    """Write adapter_model.safetensors and adapter_config.json as PEFT does."""
+    targets = sorted({name.rpartition(".")[2] for name in lora_layers(model)})
+    if not _endings_are_enough(model, targets):
+        targets = sorted(lora_layers(model))
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "use_rslora": config.use_rslora,
+        "target_modules": targets,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+    save_file(adapter_state(model), directory / WEIGHTS, metadata={"format": "pt"})
+    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    (directory / CONFIG).write_text(text, encoding="utf-8")
+
+
+def _endings_are_enough(model: Any, endings: list[str]) -> bool:
+    """Whether PEFT, matching by ending, would wrap exactly our layers."""
+    adapted = set(lora_layers(model))
+    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    named = {n.removesuffix(".base") for n in linear if n.rpartition(".")[2] in (*endings, "base")}
+    return {n for n in named if n.rpartition(".")[2] in endings} == adapted
+
+
+def read_adapter_config(directory: Path) -> LoraConfig:
+    """Read a PEFT adapter_config.json; refuses what our layer does not compute."""
+    try:
+        settings = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{directory}: no readable {CONFIG} ({error})", "give a PEFT folder") from None
+    unsupported = {
+        "peft_type": settings.get("peft_type") != "LORA",
+        "use_dora": bool(settings.get("use_dora")),
+        "bias": settings.get("bias", "none") != "none",
+        "modules_to_save": bool(settings.get("modules_to_save")),
+        "rank_pattern": bool(settings.get("rank_pattern")),
+        "alpha_pattern": bool(settings.get("alpha_pattern")),
+        "fan_in_fan_out": bool(settings.get("fan_in_fan_out")),
+    }
+    bad = [name for name, wrong in unsupported.items() if wrong]
+    if bad:
+        raise ModelError(
+            f"{directory}: the adapter uses {', '.join(bad)}", "only plain LoRA and rsLoRA are read"
+        )
+    targets = settings["target_modules"]
+    return LoraConfig(
+        r=settings["r"],
+        lora_alpha=settings["lora_alpha"],
+        lora_dropout=settings.get("lora_dropout", 0.0),
+        use_rslora=settings.get("use_rslora", False),
+        target_modules=targets if targets == "all-linear" else tuple(sorted(targets)),
+    )
+
+
+def load_adapter_weights(model: Any, directory: Path) -> None:
+    """Copy an adapter's weights into the wrapped layers; every name and shape must agree."""
+    state = load_file(directory / WEIGHTS)
+    layers = lora_layers(model)
+    wanted = {f"{PREFIX}{name}.lora_{part}.weight" for name in layers for part in "AB"}
+    if set(state) != wanted:
+        odd = sorted(set(state) ^ wanted)
+        raise ModelError(
+            f"{directory}: the adapter does not fit this model ({len(odd)} names differ: {odd[0]})",
+            "use the base model and target_modules it was trained with",
+        )
+    with torch.no_grad():
+        for name, layer in layers.items():
+            for part, target in (("A", layer.lora_A), ("B", layer.lora_B)):
+                source = state[f"{PREFIX}{name}.lora_{part}.weight"]
+                if source.shape != target.shape:
+                    raise ModelError(
+                        f"{directory}: {name}.lora_{part} is {tuple(source.shape)}, "
+                        f"the model needs {tuple(target.shape)}",
+                        "check r and the base model",
+                    )
+                target.copy_(source)
+
+
+def attach_adapter(model: Any, directory: Path) -> LoraConfig:
+    """Wrap a plain model with a PEFT adapter made here or elsewhere; returns its settings."""
+    config = read_adapter_config(directory)
+    add_lora(model, config, seed=0)
+    load_adapter_weights(model, directory)
+    return config

@@ -1,0 +1,1 @@
+"""Training: one loop, objectives, schedule, stopping, checkpoints, pre-flight."""

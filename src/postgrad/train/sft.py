@@ -1,0 +1,114 @@
+"""Supervised fine-tuning: weighted next-token cross-entropy on the supervised positions only."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from postgrad.model.attention import make_layout
+from postgrad.types import Batch, LossSum
+
+CHUNK = 1024
+"""Supervised positions whose logits exist at the same time."""
+
+
+class _FusedCrossEntropy(torch.autograd.Function):
+    """sum_i w_i (-log softmax(h_i Wᵀ + b)[y_i]), the gradient computed with the forward pass.
+
+    The logits of `CHUNK` positions exist at a time and are never kept: memory is O(chunk x V)
+    instead of O(N x V). Same idea as Liger's fused linear cross-entropy (arXiv 2410.10989).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, w: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        matrix = weight.to(hidden.dtype)
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(hidden), CHUNK):
+            part = slice(start, start + CHUNK)
+            h, y = hidden[part], labels[part]
+            logits = functional.linear(h, matrix, bias).float()
+            log_sum = torch.logsumexp(logits, dim=-1, keepdim=True)
+            losses[part] = (log_sum - logits.gather(1, y.unsqueeze(1))).squeeze(1)
+            if grad_hidden is None:
+                continue
+            probabilities = logits.sub_(log_sum).exp_()
+            probabilities.scatter_add_(1, y.unsqueeze(1), torch.full_like(log_sum, -1.0))
+            delta = probabilities.mul_(w[part].unsqueeze(1)).to(hidden.dtype)
+            grad_hidden[part] = delta @ matrix
+            if grad_weight is not None:
+                grad_weight += (delta.t() @ h).float()
+        ctx.save_for_backward(*(g for g in (grad_hidden, grad_weight) if g is not None))
+        ctx.weight_dtype = weight.dtype
+        ctx.mark_non_differentiable(losses)
+        return (losses * w).sum(dtype=torch.float64), losses
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        saved = ctx.saved_tensors
+        scale = grad.to(torch.float32)
+        grad_weight = (saved[1] * scale).to(ctx.weight_dtype) if len(saved) > 1 else None
+        return (saved[0] * scale.to(saved[0].dtype)), grad_weight, None, None, None
+
+
+@dataclass(frozen=True, slots=True)
+class SupervisedFineTuning:
+    """The SFT objective."""
+
+    fused: bool = True
+    """Skip the logits (see `_FusedCrossEntropy`); False goes through the model's own head."""
+    autocast: bool = False
+    """Compute a float32 model in bf16 (full tuning keeps float32 master weights)."""
+
+    def __call__(self, model: Any, batch: Batch, per_document: bool = False) -> LossSum:
+        """Return the loss sum of a micro-batch; `per_document` adds a sum for each document."""
+        device = model.get_input_embeddings().weight.device
+        rows, columns = np.nonzero(batch.weights)
+        flat = torch.from_numpy(rows * batch.ids.shape[1] + columns).to(device)
+        labels = torch.from_numpy(batch.labels[rows, columns]).to(device)
+        weights = torch.from_numpy(batch.weights[rows, columns]).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
+            total, losses = self._losses(model, batch, flat, labels, weights, device)
+        sums = None
+        if per_document:
+            document = torch.from_numpy(batch.documents[rows, columns]).to(device)
+            sums = torch.zeros(len(batch.example_ids), dtype=torch.float64, device=device)
+            sums.index_add_(0, document, (losses * weights).double())
+        return LossSum(total, batch.supervised, sums)
+
+    def _losses(
+        self, model: Any, batch: Batch, flat: Tensor, labels: Tensor, weights: Tensor, device: Any
+    ) -> tuple[Tensor, Tensor]:
+        inputs = model_inputs(batch, device)
+        if self.fused:
+            hidden = model.base_model(**inputs).last_hidden_state
+            hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, flat)
+            head = model.get_output_embeddings()
+            bias = getattr(head, "bias", None)
+            return _FusedCrossEntropy.apply(hidden, head.weight, bias, labels, weights)  # type: ignore[no-any-return]
+        logits = model(**inputs).logits
+        logits = logits.reshape(-1, logits.shape[-1]).index_select(0, flat).float()
+        losses = functional.cross_entropy(logits, labels, reduction="none")
+        return (losses * weights).sum(dtype=torch.float64), losses.detach()
+
+
+def model_inputs(batch: Batch, device: Any) -> dict[str, Any]:
+    """Return what the model gets: ids, positions, and the layout of a packed row.
+
+    Never a 2-D attention mask: with Transformers any such mask switches packing isolation off.
+    """
+    inputs: dict[str, Any] = {
+        "input_ids": torch.from_numpy(batch.ids).to(device),
+        "position_ids": torch.from_numpy(batch.positions).to(device),
+        "use_cache": False,
+    }
+    if batch.packed:
+        inputs["layout"] = make_layout(batch.lengths)
+    return inputs
