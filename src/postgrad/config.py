@@ -4,36 +4,44 @@ Each section is read by exactly one package. Nothing here touches the disk, the 
 machine, except `load_recipe`, which reads one YAML file. Precedence: defaults < YAML < overrides.
 """
 
-import difflib
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    Tag,
     ValidationError,
     model_validator,
 )
 
 from postgrad.errors import ConfigError
+from postgrad.keys import describe, problems
+from postgrad.strict_yaml import dump_yaml, key_lines, parse_yaml
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Auto = Literal["auto"]
+Source = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
     """Base of every section: immutable, unknown keys are errors, docstrings are descriptions."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
 
@@ -50,7 +58,9 @@ class LoraConfig(Section):
     rate serve every rank (LoRA Without Regret, Schulman et al. 2025)."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input. 0 unless the data are tiny (below about 1,000 rows)."""
-    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "all-linear"
+    )
     """Which linear layers get an adapter: all but the output head, or a list of name endings.
     Attention-only underperforms even at equal parameter count (LoRA Without Regret)."""
     use_rslora: bool = False
@@ -62,6 +72,21 @@ class FullConfig(Section):
 
     kind: Literal["full"] = "full"
     """Adapter method."""
+
+
+def _adapter_kind(value: Any) -> Any:
+    """Return which adapter section a value is: `kind`, or lora when it is left out."""
+    return value.get("kind", "lora") if isinstance(value, Mapping) else getattr(value, "kind", None)
+
+
+AdapterConfig = Annotated[
+    Annotated[LoraConfig, Tag("lora")] | Annotated[FullConfig, Tag("full")],
+    Discriminator(
+        _adapter_kind,
+        custom_error_type="adapter_kind",
+        custom_error_message="must be {{kind: lora, ...}} or {{kind: full}}",
+    ),
+]
 
 
 class ModelConfig(Section):
@@ -76,8 +101,8 @@ class ModelConfig(Section):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Compute precision. auto = bf16 where the processor computes it natively, else fp32.
     A frozen base is stored in it; adapters and the optimizer are always fp32."""
-    adapt: Annotated[LoraConfig | FullConfig, Field(discriminator="kind")] = LoraConfig()
-    """What is trained: {kind: lora, ...} or {kind: full}."""
+    adapt: AdapterConfig = LoraConfig()
+    """What is trained: {kind: lora, ...} or {kind: full}; without `kind`, lora."""
 
 
 class ColumnsConfig(Section):
@@ -94,11 +119,11 @@ class ColumnsConfig(Section):
 class DataConfig(Section):
     """Where the rows are, how they are split and what happens to rows that do not fit."""
 
-    train: str | tuple[str, ...]
+    train: Source | Annotated[tuple[Source, ...], Field(min_length=1)]
     """File, folder, hub id or package URI of the training rows; or a list of them."""
-    validation: Fraction | str = 0.1
+    validation: Fraction | Source = 0.1
     """Share held out for early stopping, or a file. Never below 5 % without a reason."""
-    test: Fraction | str = 0.1
+    test: Fraction | Source = 0.1
     """Share held out for the final measurement, or a file."""
     format: Literal[
         "auto", "messages", "sharegpt", "alpaca", "prompt-completion", "question-answer", "columns"
@@ -149,7 +174,8 @@ class TrainConfig(Section):
     """Peak learning rate. auto = 1e-3 below 4B parameters and 3e-4 above for LoRA; 1e-5 up to 3B
     and 5e-6 above for full tuning (medians over 35 models; Tulu 3 for full tuning)."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
-    """Shape after the warm-up. Linear to zero and cosine are equal in practice (arXiv 2412.13337)."""
+    """Shape after the warm-up. Linear to zero and cosine are equal in practice
+    (arXiv 2412.13337)."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
     """Share of all steps over which the learning rate rises from zero."""
     weight_decay: NonNegativeFloat = 0.0
@@ -177,9 +203,10 @@ class TrainConfig(Section):
     eval_rows: PositiveInt | None = 2000
     """Validation rows used for the held-out loss (a seeded sample); null = all."""
     early_stopping: EarlyStoppingConfig | None = EarlyStoppingConfig()
-    """null = always train to the end; the best weights are restored all the same."""
+    """When to stop early; null = train to the end. The best weights are restored either way."""
     save_total_limit: Annotated[int, Field(ge=2)] = 2
-    """Checkpoints kept besides the best one; at least two, so that a damaged one has a successor."""
+    """Checkpoints kept besides the best one; at least two, so that a damaged one has a
+    predecessor to go back to."""
     threads: PositiveInt | Auto = "auto"
     """CPU threads. auto = the fastest of 1, half and all, measured at start and kept on resume."""
     merge: bool = False
@@ -248,14 +275,22 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.evaluate.scorer == "regex" and not self.evaluate.pattern:
-            raise ValueError("evaluate.scorer regex needs evaluate.pattern")
-        if self.evaluate.pattern and self.evaluate.scorer != "regex":
-            raise ValueError("evaluate.pattern is only read by evaluate.scorer regex")
-        if (self.data.format == "columns") != (self.data.columns is not None):
+        data, evaluate = self.data, self.evaluate
+        if (evaluate.scorer == "regex") != bool(evaluate.pattern):
+            raise ValueError("evaluate.scorer regex and evaluate.pattern go together")
+        try:
+            re.compile(evaluate.pattern or "")
+        except re.error as error:
+            raise ValueError(f"evaluate.pattern is not a regular expression: {error}") from None
+        if len(set(evaluate.fewshot)) < len(evaluate.fewshot):
+            raise ValueError("evaluate.fewshot names the same number of examples twice")
+        if (data.format == "columns") != (data.columns is not None):
             raise ValueError("data.format columns and data.columns go together")
-        if "{prompt}" not in self.data.prompt_template:
+        if "{prompt}" not in data.prompt_template:
             raise ValueError("data.prompt_template must contain {prompt}")
+        shares = [share for share in (data.validation, data.test) if isinstance(share, float)]
+        if sum(shares) >= 1:
+            raise ValueError("data.validation and data.test together leave no rows to train on")
         return self
 
     def hash(self) -> str:
@@ -265,42 +300,7 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """Return the resolved recipe as YAML; `parse_recipe` of it gives an equal recipe."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML that refuses duplicate keys and reads 1e-4 as a number."""
-
-
-def _mapping_without_duplicates(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
-        if key in seen:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"duplicate key {key!r}", key_node.start_mark
-            )
-        seen.add(key)
-    return dict(loader.construct_pairs(node, deep=True))  # type: ignore[no-untyped-call]
-
-
-_StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """Parse YAML; errors name `where`, the line, and the usual remedies (tabs, duplicate keys)."""
-    try:
-        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader subclass
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f"{where}:{mark.line + 1}" if mark else where
-        problem = getattr(error, "problem", None) or str(error)
-        remedy = "fix the YAML at that line"
-        if "\\t" in problem:
-            remedy = "indent with spaces; YAML does not allow tabs"
-        elif "duplicate key" in problem:
-            remedy = "keep one of the two"
-        raise ConfigError(f"{line}: {problem}", remedy) from None
+        return dump_yaml(self.model_dump(mode="json"))
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -314,24 +314,30 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError(f"{path} is a folder", "give the path of a YAML recipe") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 ({error.reason})", "save it as UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}", "check the path and permissions") from None
     tree = parse_yaml(text, str(path))
+    if tree is None:
+        raise ConfigError(f"{path} is empty", "start with `name:`, `model:` and `data:`")
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: not a recipe", "start with `name:`, `model:` and `data:`")
-    return parse_recipe(apply_overrides(tree, overrides), where=str(path))
+    return parse_recipe(apply_overrides(tree, overrides), str(path), key_lines(text))
 
 
 def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Return a copy of `tree` with each `a.b=value` set; the value is parsed as YAML.
+    """Return a copy of `tree` with each `a.b=value` set; the value is YAML, or else plain text.
 
-    >>> apply_overrides({"train": {}}, ["train.learning_rate=1e-4"])
-    {'train': {'learning_rate': '1e-4'}}
+    >>> apply_overrides({"train": {}}, ["train.learning_rate=1e-4", "data.system=Answer: yes"])
+    {'train': {'learning_rate': 0.0001}, 'data': {'system': 'Answer: yes'}}
     """
     result: dict[str, Any] = json.loads(json.dumps(tree, default=str))
     for override in overrides:
         key, equals, raw = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"override {override!r} is not KEY=VALUE", "write section.field=value")
         *parents, last = key.split(".")
+        if not equals or not all((*parents, last)):
+            raise ConfigError(
+                f"override {override!r} is not KEY=VALUE", "write section.field=value"
+            )
         node = result
         for parent in parents:
             child = node.get(parent)
@@ -340,88 +346,40 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
             if not isinstance(child, dict):
                 raise ConfigError(f"override {key}: {parent} is not a section", "check the key")
             node = child
-        node[last] = parse_yaml(raw, f"override {key}") if raw else None
+        node[last] = _override_value(raw, key)
     return result
 
 
-def parse_recipe(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
-    """Validate a plain tree; one error lists every problem with its key and the nearest key."""
+def _override_value(raw: str, key: str) -> Any:
+    bracketed = raw.lstrip()[:1] in ("{", "[", '"', "'")
+    try:
+        value = parse_yaml(raw, f"override {key}")
+    except ConfigError:
+        if bracketed:
+            raise
+        return raw
+    return raw if isinstance(value, dict | list) and not bracketed else value
+
+
+def parse_recipe(
+    tree: Mapping[str, Any], where: str = "recipe", lines: Mapping[str, int] | None = None
+) -> Recipe:
+    """Validate a plain tree; one error lists every problem with its line, key and nearest key.
+
+    `lines` (dotted key -> line number) comes from `strict_yaml.key_lines`.
+    """
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        lines = [_problem(item) for item in error.errors()]
-        raise ConfigError(
-            f"{where}: " + "; ".join(lines),
-            "run `postgrad explain SECTION.FIELD` for what a key takes",
-        ) from None
-
-
-def _problem(item: Any) -> str:
-    path = ".".join(str(part) for part in item["loc"] if part not in ("lora", "full"))
-    if item["type"] == "extra_forbidden":
-        near = nearest(path, fields())
-        return f"unknown key {path}" + (f" (did you mean {near}?)" if near else "")
-    if item["type"] == "missing":
-        return f"{path} is required"
-    message = item["msg"].removeprefix("Value error, ")
-    return f"{path}: {message[0].lower()}{message[1:]}" if path else message
-
-
-def nearest(word: str, choices: Sequence[str] | Mapping[str, Any]) -> str | None:
-    """Return the choice most like `word`, or None when nothing is close.
-
-    >>> nearest("train.learing_rate", ["train.learning_rate", "seed"])
-    'train.learning_rate'
-    """
-    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
-    if found:
-        return found[0]
-    tail = word.rsplit(".", 1)[-1]
-    by_tail = {choice.rsplit(".", 1)[-1]: choice for choice in choices}
-    found = difflib.get_close_matches(tail, list(by_tail), n=1, cutoff=0.6)
-    return by_tail[found[0]] if found else None
+        found = problems(error, fields(), where, lines or {})
+    key = found[0][0] if len(found) == 1 and found[0][0] in fields() else "SECTION.FIELD"
+    message = "\n".join(sentence for _, sentence in found)
+    raise ConfigError(message, f"run `postgrad explain {key}` for what a key takes")
 
 
 def fields() -> dict[str, dict[str, Any]]:
     """Return every key of a recipe -> {type, default, meaning}, from the docstrings above."""
-    found: dict[str, dict[str, Any]] = {}
-    _collect_fields(Recipe, "", found)
-    return found
-
-
-def _collect_fields(section: type[BaseModel], prefix: str, found: dict[str, dict[str, Any]]) -> None:
-    for name, info in section.model_fields.items():
-        key = prefix + name
-        parts = [info.annotation, *getattr(info.annotation, "__args__", ())]
-        sections = [p for p in parts if isinstance(p, type) and issubclass(p, BaseModel)]
-        meaning = " ".join((info.description or "").split())
-        schema_type = _type_name(info.annotation)
-        default = "required" if info.is_required() else info.get_default(call_default_factory=True)
-        if isinstance(default, BaseModel):
-            default = default.model_dump(mode="json")
-        entry = {"type": schema_type, "default": default, "meaning": meaning}
-        if key not in found:
-            found[key] = entry
-        for child in sections:
-            _collect_fields(child, key + ".", found)
-
-
-def _type_name(annotation: Any) -> str:
-    if hasattr(annotation, "__metadata__"):
-        return _type_name(annotation.__origin__)
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return "section"
-    arguments = getattr(annotation, "__args__", None)
-    origin = getattr(annotation, "__origin__", None)
-    if origin is Literal:
-        return " | ".join(str(a) for a in arguments or ())
-    if origin is tuple:
-        return "list of " + _type_name((arguments or (str,))[0])
-    if arguments:
-        return " | ".join(dict.fromkeys(_type_name(a) for a in arguments))
-    if annotation is type(None):
-        return "null"
-    return getattr(annotation, "__name__", str(annotation))
+    return describe(Recipe)
 
 
 def json_schema() -> dict[str, Any]:

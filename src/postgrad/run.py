@@ -7,6 +7,7 @@ resumed only by an equal recipe and never overwritten.
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -19,10 +20,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-from postgrad.config import Recipe, parse_recipe, parse_yaml
+from postgrad.config import Recipe, parse_recipe
 from postgrad.errors import CheckpointError, RunError
+from postgrad.strict_yaml import parse_yaml
 
 CHECKSUMS = "checksums.json"
+LOCK = ".lock"
 
 
 @contextlib.contextmanager
@@ -62,7 +65,7 @@ def sha256_file(path: Path) -> str:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read a JSONL file; a last line cut off by a kill is left out, any other damage is an error."""
+    """Read JSONL; a last line cut off by a kill is left out, any other damage is an error."""
     if not path.exists():
         return []
     rows: list[dict[str, Any]] = []
@@ -167,7 +170,8 @@ class Run:
     @property
     def record(self) -> dict[str, Any]:
         """The content of run.json."""
-        return read_json(self.record_path)
+        record: dict[str, Any] = read_json(self.record_path)
+        return record
 
     @property
     def recipe(self) -> Recipe:
@@ -218,8 +222,10 @@ class Run:
         self.write_jsonl(self.metrics_path, kept)
 
     def _append(self, path: Path, line: Mapping[str, Any]) -> None:
-        with disk_errors(path), path.open("ab") as file:
-            file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        text = json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        with disk_errors(path), path.open("ab+") as file:
+            _cut_unfinished_line(file)
+            file.write(text)
 
     @contextlib.contextmanager
     def publish(self, final: Path) -> Iterator[Path]:
@@ -257,7 +263,7 @@ class Run:
 
     def seal(self) -> None:
         """Write the hash of every file into run.json: the run is finished and can be verified."""
-        skip = {self.record_path, self.events_path, self.path / ".lock"}
+        skip = {self.record_path, self.events_path, self.path / LOCK}
         files = [p for p in _files(self.path) if p not in skip and not p.is_symlink()]
         hashes = {str(p.relative_to(self.path)): sha256_file(p) for p in files}
         self.event("sealed", files=len(hashes))
@@ -267,7 +273,7 @@ class Run:
     def lock(self) -> Iterator[None]:
         """Hold the directory: a second process gets an error instead of a mixed run."""
         with disk_errors(self.path):
-            file: IO[str] = (self.path / ".lock").open("w")
+            file: IO[str] = (self.path / LOCK).open("w")
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -290,20 +296,27 @@ def verify_checksums(folder: Path) -> None:
 
 
 def create_run(recipe: Recipe, verb: str, out: Path | None = None, root: Path | None = None) -> Run:
-    """Make a new run directory: `out` exactly, or runs/<date>-<name>-<verb>-<hash> (with -2, -3 …)."""
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out} exists and is not empty", "choose another --out, or add --resume")
-    path = out or _free_name(root or Path("runs"), recipe, verb)
-    run = Run(path)
-    with disk_errors(path):
+    """Make a new run directory: `out`, or a free runs/<date>-<name>-<verb>-<hash>[-2, -3 ...].
+
+    Raises RunError when `out` is not empty, cannot be written, or another process takes it.
+    """
+    taken = RunError(f"{out} exists and is not empty", "choose another --out, or add --resume")
+    if out is not None and out.exists() and not _is_empty(out):
+        raise taken
+    with disk_errors(out or root or Path("runs")):
+        path = out or _free_directory(root or Path("runs"), recipe, verb)
         path.mkdir(parents=True, exist_ok=True)
+    run = Run(path)
     identity = {"id": path.name, "name": recipe.name, "verb": verb, "status": "running"}
-    run.write_json(
-        run.record_path,
-        {**identity, "created": _now(), "seed": recipe.seed, "recipe_hash": recipe.hash()}
-        | {"versions": versions(), "hardware": hardware(), "seconds": {}},
-    )
-    write_atomic(run.recipe_path, recipe.to_yaml().encode())
+    with run.lock():
+        if run.record_path.exists():
+            raise taken
+        write_atomic(run.recipe_path, recipe.to_yaml().encode())
+        run.write_json(
+            run.record_path,
+            {**identity, "created": _now(), "seed": recipe.seed, "recipe_hash": recipe.hash()}
+            | {"versions": versions(), "hardware": hardware(), "seconds": {}},
+        )
     run.event("created", verb=verb)
     return run
 
@@ -315,7 +328,9 @@ def open_run(path: Path) -> Run:
     return Run(path)
 
 
-def find_resumable(recipe: Recipe, verb: str, out: Path | None, root: Path | None = None) -> Run | None:
+def find_resumable(
+    recipe: Recipe, verb: str, out: Path | None, root: Path | None = None
+) -> Run | None:
     """Return the run to resume: `out`, or the newest of this recipe and verb; None if none exists.
 
     Raises RunError when `out` holds a run of another recipe, naming the first field that differs.
@@ -336,11 +351,15 @@ def find_resumable(recipe: Recipe, verb: str, out: Path | None, root: Path | Non
 
 
 def list_runs(root: Path) -> list[Run]:
-    """Return the runs below `root`, oldest first."""
-    if not root.is_dir():
-        return []
-    found = [Run(path.parent) for path in root.glob("*/run.json")]
-    return sorted(found, key=lambda run: (run.record.get("created", ""), run.path.name))
+    """Return the runs below `root`, oldest first; one whose run.json is damaged comes first."""
+
+    def age(run: Run) -> tuple[str, str]:
+        try:
+            return str(run.record.get("created", "")), run.path.name
+        except RunError:
+            return "", run.path.name
+
+    return sorted((Run(path.parent) for path in root.glob("*/run.json")), key=age)
 
 
 def read_json(path: Path) -> Any:
@@ -378,18 +397,44 @@ def hardware() -> dict[str, Any]:
         "system": platform.platform(terse=True),
         "processor": model,
         "features": features[:2],
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": available_cores(),
         "memory_bytes": pages,
     }
 
 
-def _free_name(root: Path, recipe: Recipe, verb: str) -> Path:
+def available_cores() -> int:
+    """Return the processor cores this process may use (containers and taskset restrict them)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and all(entry.name == LOCK for entry in path.iterdir())
+
+
+def _free_directory(root: Path, recipe: Recipe, verb: str) -> Path:
+    """Make and return a directory that nobody else has, whatever else starts this second."""
     base = f"{time.strftime('%Y-%m-%d')}-{recipe.name}-{verb}-{recipe.hash()[:6]}"
-    path, number = root / base, 1
-    while path.exists():
-        number += 1
-        path = root / f"{base}-{number}"
-    return path
+    root.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        path = root / (base if number == 1 else f"{base}-{number}")
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+            return path
+    raise AssertionError("unreachable")
+
+
+def _cut_unfinished_line(file: IO[bytes]) -> None:
+    """Cut off a last line that a kill left unfinished, so that the next one stays readable."""
+    end = file.seek(0, os.SEEK_END)
+    if end == 0:
+        return
+    file.seek(end - 1)
+    if file.read(1) == b"\n":
+        return
+    file.seek(0)
+    file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def _difference(a: Recipe, b: Recipe) -> str:
