@@ -1,0 +1,1 @@
+"""Rows in: read, check, split, render, pack."""
