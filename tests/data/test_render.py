@@ -205,19 +205,21 @@ def test_newlines_that_merge_with_the_prompt_are_reported():
     assert kinds(second) == {ProblemKind.BOUNDARY}
 
 
-def test_an_end_token_that_swallows_white_space_is_supervised():
+@pytest.mark.parametrize("metaspace", [False, True])
+def test_special_tokens_that_swallow_white_space_are_whole(metaspace):
     from tokenizers import AddedToken
 
-    tokenizer = styled(CLOSED)
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": [AddedToken("<|end|>", rstrip=True, special=True)]}
-    )
-    c = conversation(("user", "q"), ("assistant", "one"), ("user", "r"), ("assistant", "two"))
-    renderer = Renderer(tokenizer)
+    tokenizer = styled(CLOSED, metaspace)
+    swallowing = [AddedToken(text, rstrip=True, special=True) for text in ("<|stop|>", "<|go|>")]
+    tokenizer.add_special_tokens({"additional_special_tokens": swallowing})
+    template = CLOSED.template.replace("<|end|>", "<|stop|>").replace("<|assistant|>", "<|go|>")
+    renderer = Renderer(tokenizer, template.replace("<|{{ m.role }}|>", "<|go|>"))
+    c = conversation(("user", "q"), ("assistant", "one"), ("user", "r"), ("assistant", " two"))
     rendering = renderer.inspect_all([example(c)])[0]
+    assert "\n" not in tokenizer.decode(rendering.tokens.ids)
     assert rendering.problems == ()
-    assert renderer.end_token_supervised(rendering.tokens)
-    assert len(rendering.answers) == 2
+    found = [text.strip() for text in supervised_text(renderer, rendering.tokens)]
+    assert found == ["one<|stop|>", "two<|stop|>"]
 
 
 def test_hidden_thoughts_of_earlier_answers_are_refused_and_of_the_last_kept():

@@ -21,6 +21,8 @@ from postgrad.types import Conversation, Example, FloatArray, IntArray, Message,
 
 CHUNK = 1000
 """Rows tokenised in one call."""
+BYTE_LEVEL_SPACE = "Ġ"
+"""How byte-level tokenizers spell a space."""
 
 
 class ProblemKind(StrEnum):
@@ -91,6 +93,15 @@ class _Span:
     end: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """Token ids of a text and the characters [start, end) of each."""
+
+    ids: list[int]
+    starts: IntArray
+    ends: IntArray
+
+
 class Renderer:
     """The one way from messages to tokens.
 
@@ -130,6 +141,8 @@ class Renderer:
             if found and found.token:
                 self.end_token_id = int(tokenizer.convert_tokens_to_ids(found.token))
                 stops.add(self.end_token_id)
+        added = tokenizer.added_tokens_decoder
+        self._special_ids = frozenset(token for token in added if added[token].special)
         self.stop_ids: frozenset[int] = frozenset(stops)
         """Tokens at which generation stops, in evaluation and in serving."""
 
@@ -166,8 +179,7 @@ class Renderer:
                 if text is None:
                     renderings.append(Rendering(example, None, (), tuple(problems)))
                 else:
-                    ids, ends, begins = next(encoded)
-                    renderings.append(_weigh(example, ids, begins, ends, spans, problems, self))
+                    renderings.append(self._weigh(example, next(encoded), spans, problems))
         return renderings
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
@@ -207,12 +219,7 @@ class Renderer:
             for weight, group in groupby(rows, key=lambda row: row[1])
         ]
 
-    def _encode(self, texts: list[str]) -> Iterator[tuple[list[int], IntArray, IntArray]]:
-        """Yield the ids of each text, where each token ends and where it begins.
-
-        A token begins where the one before it ended, or earlier: tokenizers leave out the space in
-        front of a word from its offsets, and give all pieces of one split character the same ones.
-        """
+    def _encode(self, texts: list[str]) -> Iterator[_Encoded]:
         if not texts:
             return
         output = self.tokenizer(
@@ -227,9 +234,7 @@ class Renderer:
         )
         for ids, offsets in zip(output["input_ids"], output["offset_mapping"], strict=True):
             array = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
-            ends = np.maximum.accumulate(array[:, 1])
-            before = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
-            yield ids, ends, np.minimum(array[:, 0], before)
+            yield _Encoded(ids, array[:, 0], np.maximum.accumulate(array[:, 1]))
 
     def _locate(
         self, conversation: Conversation
@@ -305,45 +310,57 @@ class Renderer:
                 detail = f"the {message.role} message has weight {weight}"
                 yield RenderProblem(ProblemKind.WEIGHT, index, detail)
 
+    def _weigh(
+        self,
+        example: Example,
+        encoded: _Encoded,
+        spans: Sequence[_Span],
+        problems: list[RenderProblem],
+    ) -> Rendering:
+        """Give each token the weight of its characters; report tokens across a boundary."""
+        ids = encoded.ids
+        weights: FloatArray = np.zeros(len(ids), np.float32)
+        answers = []
+        for span in spans:
+            first = int(np.searchsorted(encoded.ends, span.start, side="right"))
+            end = int(np.searchsorted(encoded.ends, span.end, side="right"))
+            if first < end and self._is_across(encoded, first, span.start):
+                if ids[first] not in self._special_ids:  # It may swallow the answer's white space.
+                    problems.append(self._boundary(span, ids[first], "the prompt and the answer"))
+                first += 1
+            if end < len(ids) and self._is_across(encoded, end, span.end):
+                if ids[end] in self.stop_ids:
+                    end += 1  # An end token that swallows the white space after it.
+                else:
+                    problems.append(self._boundary(span, ids[end], "the answer and what follows"))
+            first = max(first, 1)
+            if first >= end or ids[end - 1] not in self.stop_ids:
+                detail = "no stop token closes the answer"
+                problems.append(RenderProblem(ProblemKind.END, span.message, detail))
+            if first < end:
+                weights[first:end] = span.weight
+                answers.append(Answer(span.message, span.weight, first, end))
+        tokens = Tokens(np.asarray(ids, np.int64), weights, example.id)
+        return Rendering(example, tokens, tuple(answers), tuple(problems))
 
-def _weigh(
-    example: Example,
-    ids: list[int],
-    begins: IntArray,
-    ends: IntArray,
-    spans: Sequence[_Span],
-    problems: list[RenderProblem],
-    renderer: Renderer,
-) -> Rendering:
-    """Give each token the weight of its characters; report tokens that stand across a boundary."""
-    weights: FloatArray = np.zeros(len(ids), np.float32)
-    answers = []
-    for span in spans:
-        first = int(np.searchsorted(ends, span.start, side="right"))
-        end = int(np.searchsorted(ends, span.end, side="right"))
-        if first < end and begins[first] < span.start:
-            problems.append(_boundary(renderer, span, ids[first], "the prompt and the answer"))
-            first += 1
-        if end < len(ids) and begins[end] < span.end:
-            if ids[end] in renderer.stop_ids:
-                end += 1  # An end token that swallows the white space after it.
-            else:
-                problems.append(_boundary(renderer, span, ids[end], "the answer and what follows"))
-        first = max(first, 1)
-        if first >= end or ids[end - 1] not in renderer.stop_ids:
-            detail = "no stop token closes the answer"
-            problems.append(RenderProblem(ProblemKind.END, span.message, detail))
-        if first < end:
-            weights[first:end] = span.weight
-            answers.append(Answer(span.message, span.weight, first, end))
-    tokens = Tokens(np.asarray(ids, np.int64), weights, example.id)
-    return Rendering(example, tokens, tuple(answers), tuple(problems))
+    def _is_across(self, encoded: _Encoded, index: int, position: int) -> bool:
+        """Return whether token `index`, which ends after `position`, begins before it.
 
+        Byte-level tokenizers may leave a leading space out of the offsets; the token's own
+        spelling tells whether the characters between it and the token before are its own.
+        """
+        if encoded.starts[index] < position:
+            return True
+        before = encoded.ends[index - 1] if index else 0
+        if before >= position:
+            return False
+        spelling = str(self.tokenizer.convert_ids_to_tokens(encoded.ids[index]))
+        return spelling[:1] == BYTE_LEVEL_SPACE or spelling[:1].isspace()
 
-def _boundary(renderer: Renderer, span: _Span, token: int, between: str) -> RenderProblem:
-    text = renderer.tokenizer.decode([token])
-    detail = f"token {text!r} stands across {between}"
-    return RenderProblem(ProblemKind.BOUNDARY, span.message, detail)
+    def _boundary(self, span: _Span, token: int, between: str) -> RenderProblem:
+        text = self.tokenizer.decode([token])
+        detail = f"token {text!r} stands across {between}"
+        return RenderProblem(ProblemKind.BOUNDARY, span.message, detail)
 
 
 def _within(content: str, text: str) -> bool:
