@@ -207,6 +207,8 @@ class TrainConfig(Section):
     save_total_limit: Annotated[int, Field(ge=2)] = 2
     """Checkpoints kept besides the best one; at least two, so that a damaged one has a
     predecessor to go back to."""
+    save_minutes: PositiveFloat = 10.0
+    """Longest time between two checkpoints; one is also saved at every evaluation."""
     threads: PositiveInt | Auto = "auto"
     """CPU threads. auto = the fastest of 1, half and all, measured at start and kept on resume."""
     merge: bool = False

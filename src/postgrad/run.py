@@ -10,18 +10,17 @@ import hashlib
 import itertools
 import json
 import os
-import platform
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
 from postgrad.config import Recipe, parse_recipe
 from postgrad.errors import CheckpointError, RunError
+from postgrad.machine import hardware, versions
 from postgrad.strict_yaml import parse_yaml
 
 CHECKSUMS = "checksums.json"
@@ -247,6 +246,13 @@ class Run:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
+    def delete(self, folder: Path) -> None:
+        """Delete a published folder so that a kill in between leaves no half of it behind."""
+        doomed = folder.with_name(f".{folder.name}.doomed")
+        with disk_errors(folder):
+            folder.replace(doomed)
+            shutil.rmtree(doomed)
+
     def point(self, name: str, target: Path) -> None:
         """Make checkpoints/<name> a relative link to a checkpoint, atomically."""
         link = self.checkpoints / name
@@ -268,6 +274,29 @@ class Run:
         hashes = {str(p.relative_to(self.path)): sha256_file(p) for p in files}
         self.event("sealed", files=len(hashes))
         self.update(status="done", sealed=hashes, finished=_now())
+
+    def changed_files(self) -> list[str] | None:
+        """Return the files that are missing or differ from the seal; None when not sealed."""
+        sealed = self.record.get("sealed")
+        if sealed is None:
+            return None
+        return [
+            name
+            for name, digest in sealed.items()
+            if not (self.path / name).is_file() or sha256_file(self.path / name) != digest
+        ]
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a process holds the directory right now."""
+        try:
+            with (self.path / LOCK).open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except FileNotFoundError:
+            return False
+        return False
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -370,43 +399,6 @@ def read_json(path: Path) -> Any:
         raise RunError(f"{path} is missing", "run the stage that writes it") from None
     except ValueError:
         raise RunError(f"{path} is not JSON", "restore it or rerun") from None
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that decide numbers."""
-    names = ("postgrad", "torch", "transformers", "tokenizers", "peft", "numpy", "safetensors")
-    found = {"python": platform.python_version()}
-    for name in names:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
-
-
-def hardware() -> dict[str, Any]:
-    """Return processor, cores and memory as the report prints them."""
-    model, flags = platform.machine(), ""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-            elif line.startswith("flags"):
-                flags = line
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    features = [name for name in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if name in flags]
-    return {
-        "system": platform.platform(terse=True),
-        "processor": model,
-        "features": features[:2],
-        "cores": available_cores(),
-        "memory_bytes": pages,
-    }
-
-
-def available_cores() -> int:
-    """Return the processor cores this process may use (containers and taskset restrict them)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _is_empty(path: Path) -> bool:

@@ -1,0 +1,237 @@
+"""The only training loop. A method is an objective; LoRA and full tuning differ only in which
+parameters require gradients; resuming differs only in where it starts.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from postgrad.errors import Interrupted, TrainingError
+from postgrad.parallel import World
+from postgrad.progress import Display, SilentDisplay
+from postgrad.run import Run
+from postgrad.train.checkpoint import Progress, prune, save_checkpoint
+from postgrad.train.objective import Objective
+from postgrad.train.optimizer import trainable
+from postgrad.train.stopping import HeldOut, StoppingState
+from postgrad.train.stream import Stream
+from postgrad.types import Batch
+
+Stopper = Callable[[StoppingState | None, int, HeldOut], tuple[StoppingState, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """When the loop evaluates, saves and clips."""
+
+    eval_steps: int
+    save_seconds: float = 600.0
+    save_total_limit: int = 2
+    max_grad_norm: float | None = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """The only hook: every `every` steps its figures go into metrics.jsonl."""
+
+    name: str
+    every: int
+    measure: Callable[[int], Mapping[str, float]]
+
+
+def fit(
+    model: Any,
+    objective: Objective,
+    batches: Stream,
+    optimizer: torch.optim.Optimizer,
+    schedule: Callable[[int], float],
+    *,
+    loop: Loop,
+    run: Run,
+    validate: Callable[[], HeldOut],
+    stopper: Stopper,
+    probes: Sequence[Probe] = (),
+    start: Progress | None = None,
+    world: World | None = None,
+    display: Display | None = None,
+) -> Progress:
+    """Train until the stream ends or the stopper says so; returns where training stopped.
+
+    The gradient of a step is the sum over all micro-batches and ranks of the loss sums, divided by
+    the *global* sum of label weights: how a step is cut into micro-batches changes nothing.
+
+    Raises:
+        TrainingError: a loss or gradient is not finite; names the examples.
+        Interrupted: SIGINT or SIGTERM arrived; a checkpoint was saved first.
+    """
+    world, display = world or World(), display or SilentDisplay()
+    progress = start or Progress()
+    began = time.monotonic() - progress.seconds
+    saved = time.monotonic()
+    if progress.stopping is None:
+        progress = _evaluate(progress, run, validate, stopper)
+        save_checkpoint(run, model, optimizer, progress)
+    track = display.track("training", batches.tokens, done=progress.tokens)
+    with _interruptible() as interrupted, track as bar:
+        while progress.step < len(batches) and not _stopped(progress):
+            micro = batches.step(progress.step)
+            rate = schedule(progress.step)
+            loss, norm = _optimize(
+                model, objective, micro, optimizer, rate, loop.max_grad_norm, world
+            )
+            tokens = sum(batch.tokens for batch in micro)
+            supervised = sum(batch.supervised for batch in micro)
+            progress = replace(
+                progress,
+                step=progress.step + 1,
+                tokens=progress.tokens + tokens,
+                supervised_tokens=progress.supervised_tokens + supervised,
+                seconds=time.monotonic() - began,
+            )
+            figures = {"train/loss": loss, "train/grad_norm": norm, "train/learning_rate": rate}
+            run.metrics(
+                progress.step,
+                progress.tokens,
+                progress.seconds,
+                **figures,
+                **{"train/supervised_tokens": supervised},
+            )
+            for probe in probes:
+                if progress.step % probe.every == 0:
+                    values = probe.measure(progress.step)
+                    run.metrics(progress.step, progress.tokens, progress.seconds, **values)
+            bar.advance(tokens, loss=loss)
+            last = progress.step == len(batches)
+            if progress.step % loop.eval_steps == 0 or last:
+                progress = _evaluate(progress, run, validate, stopper)
+                bar.advance(0, **{"held-out": _best(progress).best_loss})
+            due = world.any(time.monotonic() - saved > loop.save_seconds)
+            stop_now = world.any(interrupted.is_set())
+            if progress.step % loop.eval_steps == 0 or last or due or stop_now:
+                save_checkpoint(run, model, optimizer, progress)
+                prune(run, loop.save_total_limit)
+                saved = time.monotonic()
+            if stop_now:
+                run.event("interrupted", step=progress.step)
+                raise Interrupted(
+                    f"interrupted after step {progress.step}; the checkpoint is saved",
+                    "go on with --resume",
+                )
+    return progress
+
+
+def _optimize(
+    model: Any,
+    objective: Objective,
+    micro: Sequence[Batch],
+    optimizer: torch.optim.Optimizer,
+    rate: float,
+    max_grad_norm: float | None,
+    world: World,
+) -> tuple[float, float]:
+    """Take one optimizer step; returns (loss in nats per token, gradient norm before clipping)."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    parameters = list(trainable(model).values())
+    weight = sum(batch.supervised for batch in micro)
+    model.train()
+    total = 0.0
+    for batch in micro[world.rank :: world.size]:
+        loss = objective(model, batch)
+        (loss.total / weight).backward()
+        total += float(loss.total.detach())
+    world.sum_gradients(parameters)
+    total = world.sum(total)
+    norm = _clip([p.grad for p in parameters if p.grad is not None], max_grad_norm)
+    if not (abs(total) < float("inf") and norm < float("inf")):
+        raise _not_finite(model, objective, micro, total, norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total / weight, norm
+
+
+def _clip(gradients: list[Tensor], limit: float | None) -> float:
+    """Scale gradients so that their joint norm is at most `limit`; returns the norm before."""
+    norm = float(torch.nn.utils.get_total_norm(gradients))
+    if limit is not None and limit < norm < float("inf"):
+        for gradient in gradients:
+            gradient.mul_(limit / norm)
+    return norm
+
+
+def _not_finite(
+    model: Any, objective: Objective, micro: Sequence[Batch], total: float, norm: float
+) -> TrainingError:
+    """Find the rows behind a loss or gradient that is not finite, and say so."""
+    guilty: list[str] = []
+    with torch.no_grad():
+        for batch in micro:
+            sums = objective(model, batch, per_document=True).per_document
+            bad = (~torch.isfinite(sums)).nonzero().flatten().tolist()
+            guilty += [batch.example_ids[index] for index in bad]
+    rows = guilty or [name for batch in micro for name in batch.example_ids]
+    kind = "loss" if guilty else f"gradient (norm {norm}, loss sum {total})"
+    return TrainingError(
+        f"the {kind} is not finite at example{'s' if len(rows) > 1 else ''} "
+        + ", ".join(rows[:20])
+        + (f" and {len(rows) - 20} more" if len(rows) > 20 else ""),
+        "look at these rows (ids as in data/kept.jsonl); lower train.learning_rate if they are fine",
+    )
+
+
+def _evaluate(
+    progress: Progress, run: Run, validate: Callable[[], HeldOut], stopper: Stopper
+) -> Progress:
+    held_out = validate()
+    if not held_out.loss < float("inf"):
+        raise TrainingError(
+            f"the held-out loss is {held_out.loss} after step {progress.step}",
+            "check the weights of the base model and lower train.learning_rate",
+        )
+    stopping, error = stopper(progress.stopping, progress.step, held_out)
+    values = {"validation/loss": held_out.loss, "validation/se": error}
+    values["validation/best"] = stopping.best_loss
+    run.metrics(progress.step, progress.tokens, progress.seconds, **values)
+    if stopping.best_step == progress.step:
+        run.event("best", step=progress.step, loss=held_out.loss)
+    if stopping.stopped:
+        run.event("stopped", step=progress.step, reason="held-out loss no longer improves")
+    return replace(progress, stopping=stopping)
+
+
+def _best(progress: Progress) -> StoppingState:
+    assert progress.stopping is not None
+    return progress.stopping
+
+
+def _stopped(progress: Progress) -> bool:
+    return _best(progress).stopped
+
+
+@contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Turn the first SIGINT or SIGTERM into a flag; a second one acts at once."""
+    flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, _: object) -> None:
+        flag.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for name in before:
+        signal.signal(name, handle)
+    try:
+        yield flag
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)

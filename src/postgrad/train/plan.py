@@ -1,0 +1,70 @@
+"""Every `auto` of the train section becomes a number, written to the resolved config. Pure."""
+
+from collections.abc import Sequence
+
+from postgrad.config import FullConfig, LoraConfig, TrainConfig
+
+ROWS_PER_BATCH = 16
+EVALUATIONS = 10
+CPU_MICRO_BATCH = 4096
+"""Beyond a few thousand tokens a CPU gains nothing and its caches lose."""
+GPU_MICRO_BATCH = 16384
+ACTIVATION_SHARE = 0.5
+"""Share of the free memory that activations may take."""
+
+
+def auto_learning_rate(adapt: LoraConfig | FullConfig, parameters: int) -> float:
+    """Return the default peak learning rate for a model of this size (see config.TrainConfig)."""
+    if adapt.kind == "lora":
+        return 1e-3 if parameters < 4e9 else 3e-4
+    return 1e-5 if parameters <= 3.5e9 else 5e-6
+
+
+def activation_bytes_per_token(hidden: int, intermediate: int, layers: int, dtype_bytes: int) -> int:
+    """Estimate what a forward pass keeps for the backward pass, per token.
+
+    Per layer about 22 vectors of the hidden size (norms in float32, projections, rotary copies,
+    attention) and 6 of the intermediate size; measured on Llama-shaped models.
+    """
+    return layers * (22 * hidden + 6 * intermediate) * dtype_bytes
+
+
+def resolve_train(
+    config: TrainConfig,
+    adapt: LoraConfig | FullConfig,
+    *,
+    parameters: int,
+    lengths: Sequence[int],
+    free_bytes: int,
+    bytes_per_token: int,
+    on_gpu: bool,
+    threads: int,
+) -> TrainConfig:
+    """Return `config` with every `auto` but `eval_steps` and `packing` replaced by its value."""
+    longest, mean = max(lengths), sum(lengths) / len(lengths)
+    rate = config.learning_rate
+    batch = config.tokens_per_batch
+    micro = config.micro_batch_tokens
+    if batch == "auto":
+        batch = max(longest, round(ROWS_PER_BATCH * mean))
+    if micro == "auto":
+        fitting = int(free_bytes * ACTIVATION_SHARE / bytes_per_token)
+        preferred = GPU_MICRO_BATCH if on_gpu else CPU_MICRO_BATCH
+        micro = max(longest, min(batch, fitting, preferred))
+    return config.model_copy(
+        update={
+            "learning_rate": auto_learning_rate(adapt, parameters) if rate == "auto" else rate,
+            "tokens_per_batch": batch,
+            "micro_batch_tokens": micro,
+            "threads": threads,
+        }
+    )
+
+
+def auto_eval_steps(steps: int) -> int:
+    """Return the interval that gives ten evaluations in a run of `steps`.
+
+    >>> auto_eval_steps(104)
+    10
+    """
+    return max(1, steps // EVALUATIONS)

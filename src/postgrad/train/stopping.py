@@ -1,0 +1,85 @@
+"""Early stopping as a pure state machine: held-out losses in, a new state out. No torch.
+
+Rows are paired: the same validation rows are measured every time, so the noise of a *difference*
+is far smaller than that of a loss, and one standard error of it is a fair threshold.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """A held-out evaluation: for every row the loss sum and the sum of label weights."""
+
+    sums: Floats
+    """[rows] nats."""
+    weights: Floats
+    """[rows] supervised tokens (weighted)."""
+
+    @property
+    def loss(self) -> float:
+        """Token-weighted mean loss, nats per token."""
+        return float(self.sums.sum() / self.weights.sum())
+
+
+def paired_difference(before: HeldOut, after: HeldOut) -> tuple[float, float]:
+    """Return (improvement, its standard error) in nats per token; positive = `after` is better.
+
+    The token-weighted mean is a ratio of sums, so its standard error is that of a ratio estimator
+    (Cochran, Sampling Techniques, 3rd ed., §2.11) with rows as the sampling units.
+    """
+    difference = before.sums - after.sums
+    total = float(after.weights.sum())
+    mean = float(difference.sum()) / total
+    rows = len(difference)
+    if rows < 2:
+        return mean, math.inf
+    residual = difference - mean * after.weights
+    return mean, math.sqrt(rows / (rows - 1) * float((residual**2).sum())) / total
+
+
+@dataclass(frozen=True, slots=True)
+class StoppingState:
+    """Everything early stopping remembers; saved in every checkpoint so that patience survives."""
+
+    best_step: int
+    best_loss: float
+    reference: HeldOut
+    """The last evaluation that was a significant improvement: what the next ones must beat."""
+    waited: int = 0
+    """Evaluations since then."""
+    stopped: bool = False
+
+
+def observe(
+    state: StoppingState | None,
+    step: int,
+    held_out: HeldOut,
+    patience: int | None,
+    min_delta: float | str = "1se",
+) -> tuple[StoppingState, float]:
+    """Return the state after an evaluation, and the standard error of its paired difference.
+
+    The best checkpoint is the one with the lowest loss. Patience counts evaluations that did not
+    improve on the reference by more than `min_delta`; `patience` None never stops.
+    """
+    if state is None:
+        return StoppingState(step, held_out.loss, held_out), 0.0
+    improvement, error = paired_difference(state.reference, held_out)
+    threshold = error if min_delta == "1se" else float(min_delta)
+    significant = improvement > threshold
+    waited = 0 if significant else state.waited + 1
+    better = held_out.loss < state.best_loss
+    return StoppingState(
+        best_step=step if better else state.best_step,
+        best_loss=held_out.loss if better else state.best_loss,
+        reference=held_out if significant else state.reference,
+        waited=waited,
+        stopped=patience is not None and waited >= patience,
+    ), error
