@@ -1,0 +1,64 @@
+"""What there is to know about runs, finished or not, read from their directories. No torch."""
+
+from pathlib import Path
+from typing import Any
+
+from postgrad.errors import RunError
+from postgrad.run import Run, list_runs, open_run, read_json
+
+TUNED = "tuned"
+
+
+def summarize(run: Run) -> dict[str, Any]:
+    """Return one run as a row: run, name, verb, status, created, verdict, tuned, seconds.
+
+    A run whose files are damaged has status `unreadable` and the reason under `problem`. One that
+    says it is running while no process holds it has status `stopped`.
+    """
+    try:
+        record = run.record
+        measurements = _results(run).get("measurements", [])
+    except RunError as error:
+        return {"run": str(run.path), "status": "unreadable", "problem": error.message}
+    status = record.get("status", "unknown")
+    tuned = [m for m in measurements if m.get("arm") == TUNED]
+    return {
+        "run": str(run.path),
+        "name": record.get("name"),
+        "verb": record.get("verb"),
+        "status": "stopped" if status == "running" and not run.in_use else status,
+        "created": record.get("created"),
+        "verdict": record.get("verdict"),
+        "tuned": tuned[0] if tuned else None,
+        "seconds": round(sum(record.get("seconds", {}).values()), 3),
+    }
+
+
+def describe_run(path: Path) -> dict[str, Any]:
+    """Return one run in full: its summary, measurements, comparisons, seconds per stage, changes.
+
+    `changed` lists the files that differ from the seal; None when the run is not sealed.
+    """
+    run = open_run(path)
+    record, results = run.record, _results(run)
+    return summarize(run) | {
+        "finished": record.get("finished"),
+        "seed": record.get("seed"),
+        "recipe_hash": record.get("recipe_hash"),
+        "measurements": results.get("measurements", []),
+        "comparisons": results.get("comparisons", []),
+        "seconds_by_stage": record.get("seconds", {}),
+        "versions": record.get("versions", {}),
+        "changed": run.changed_files(),
+    }
+
+
+def list_summaries(root: Path) -> list[dict[str, Any]]:
+    """Return a summary of every run below `root`, oldest first."""
+    return [summarize(run) for run in list_runs(root)]
+
+
+def _results(run: Run) -> dict[str, Any]:
+    path = run.measurements_path
+    results: dict[str, Any] = read_json(path) if path.exists() else {}
+    return results
