@@ -41,10 +41,8 @@ def result_text(document: Mapping[str, Any]) -> str:
     parts.append(comparisons_text(document.get("comparisons") or ()))
     parts.append(checks_text(document.get("checks") or ()))
     parts.append(mapping_text(document.get("plan") or {}))
-    places = {
-        key: document[key] for key in ("run", "report", "model_card", "export", "attribution")
-    }
-    parts.append(mapping_text({key: value for key, value in places.items() if value}))
+    places = ("run", "report", "model_card", "export", "attribution")
+    parts.append(mapping_text({key: document[key] for key in places if document.get(key)}))
     return "\n\n".join(part for part in parts if part)
 
 

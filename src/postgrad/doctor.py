@@ -74,29 +74,28 @@ def compare_versions(requirements: Iterable[str]) -> Check:
 def _processor() -> Check:
     facts = hardware()
     memory = facts["memory_bytes"] / 1e9
-    native = any(name in facts["features"] for name in ("amx_bf16", "avx512_bf16"))
-    detail = (
-        f"{facts['processor']}, {available_cores()} cores, {memory:.1f} GB memory, "
-        f"bf16 {'native' if native else 'not native: fp32 is used'}"
-    )
-    return Check("processor", True, detail, data={**facts, "bf16": native})
+    detail = f"{facts['processor']}, {available_cores()} cores, {memory:.1f} GB memory"
+    return Check("processor", True, detail, data=facts)
 
 
 def _accelerator() -> Check:
     import torch
 
-    data: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    from postgrad.model.load import has_native_bf16
+
+    native, threads = has_native_bf16(), torch.get_num_threads()
+    precision = "bf16 native" if native else "no native bf16: computes in fp32"
+    data: dict[str, Any] = {"torch": torch.__version__, "bf16": native, "threads": threads}
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        data |= {"devices": names, "bf16": torch.cuda.is_bf16_supported()}
-        detail = f"torch {torch.__version__} uses {', '.join(names)}"
-        return Check("accelerator", True, detail, data=data)
-    detail = f"torch {torch.__version__} sees no CUDA device; {data['threads']} threads on the CPU"
+        detail = f"torch {torch.__version__} on {', '.join(names)}, {precision}"
+        return Check("accelerator", True, detail, data=data | {"devices": names})
+    detail = f"torch {torch.__version__} on the CPU, {threads} threads, {precision}"
     driver = Path("/proc/driver/nvidia/version").exists()
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if driver and not hidden:
         remedy = "install a torch build with CUDA: this machine has an NVIDIA driver"
-        return Check("accelerator", False, detail, remedy, data=data)
+        return Check("accelerator", False, f"{detail}, no CUDA", remedy, data=data)
     return Check("accelerator", True, detail, data=data)
 
 
