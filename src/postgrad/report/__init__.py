@@ -1,0 +1,1 @@
+"""Report: what a run directory says, as one self-contained page and a model card. No torch."""
