@@ -195,10 +195,14 @@ CHECKS = (
         True,
         "longest row 412 tokens, limit 1,024",
         data={
+            "median": 92,
+            "p95": 268,
+            "longest": 412,
+            "max_length": 1024,
             "lengths": {
                 "edges": [0, 50, 100, 150, 200, 250, 300, 350, 400, 450],
                 "counts": [310, 1020, 760, 420, 240, 130, 70, 32, 18],
-            }
+            },
         },
     ),
     Check(

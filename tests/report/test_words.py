@@ -85,6 +85,7 @@ def test_inconclusive_says_what_could_have_been_seen(tmp_path):
     report = collect(build_run(tmp_path / "r", shares=shares, n=60))
     said = words.verdict(report)
     assert said.kind == "inconclusive"
+    assert said.summary.startswith("The tuned model answers")
     assert "do not ship" not in said.summary
     detectable = f"{100 * report.evaluation.decisive.detectable:.1f} points"
     assert detectable in words.unknowns(report)[0]

@@ -76,7 +76,7 @@ def ticks(low: float, high: float, most: int) -> list[float]:
     [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
     """
     size = max(abs(low), abs(high))
-    if high - low <= max(1e-12 * size, 1e-300):
+    if high - low <= max(1e-8 * size, 1e-300):
         half = size / 2 if size > 1e-300 else 0.5
         low, high = low - half, low + half
     step = 10.0 ** floor(log10((high - low) / most))

@@ -446,7 +446,7 @@ def _lengths(checks: Sequence[Check]) -> Lengths | None:
     """Return the row lengths among the figures of the first check that counted them."""
     for check in checks:
         nested = check.data.get("lengths")
-        found = nested if isinstance(nested, Mapping) else check.data
+        found = {**check.data, **(nested if isinstance(nested, Mapping) else {})}
         quantiles = {name: int(found[name]) for name in _QUANTILES if _finite(found.get(name))}
         edges, counts = tuple(found.get("edges", ())), tuple(found.get("counts", ()))
         drawn = bool(counts) and len(edges) == len(counts) + 1

@@ -1,5 +1,6 @@
 """The sections of record: data and ledger, pre-flight, recipe, machine and cost, recomputing."""
 
+import shlex
 from typing import Any
 
 import yaml
@@ -72,7 +73,7 @@ def _lengths(lengths: Lengths) -> Html:
     if lengths.counts:
         drawings = [charts.length_chart(lengths, width=w, name=f"rows-{w}") for w in (WIDE, NARROW)]
         drawn = figure(drawings, "Rows by their length in tokens.")
-    return join([tag("h3", "Tokens per row"), counted, drawn])
+    return join([tag("h3", "Tokens per row"), counted if lengths.quantiles else None, drawn])
 
 
 def _not_used(data: Data) -> str:
@@ -277,21 +278,20 @@ def recompute_section(report: Report) -> Html:
     """Return the commands that give these numbers again."""
     run = str(report.record.get("id", report.path.name))
     lines = [
+        f"RUN={shlex.quote(run)}  # the folder of this page",
         "# this page and the model card again, from the files of the run",
-        f"postgrad report {run}",
+        'postgrad report "$RUN"',
+        "# the whole run again, in the folder where it was started",
+        'postgrad run "$RUN/recipe.yaml" --out again',
     ]
     evaluation = report.evaluation
     tuned = evaluation.tuned if evaluation else None
     if tuned and tuned.evidence:
         lines += [
             f"# {TUNED}: {tuned.value:.6g} on {tuned.n} rows, from its evidence alone",
-            f"cd {run}",
+            'cd "$RUN"',
             recompute_command(tuned.evidence, tuned.metric),
         ]
-    lines += [
-        "# the whole run again, from the folder where it was started",
-        f"postgrad run {run}/recipe.yaml --out again",
-    ]
     method = f" Intervals: {method_name(tuned.method)}." if tuned else ""
     return section(
         "Recompute",

@@ -5,6 +5,7 @@ the tuned model's own measurements. What was not measured is said, never left to
 """
 
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -299,11 +300,14 @@ def _reproduction(report: Report) -> list[str]:
     versions = ", ".join(f"{k} {v}" for k, v in dict(record.get("versions") or {}).items())
     evaluation = report.evaluation
     tuned = evaluation.tuned if evaluation else None
-    commands = ["# the whole run again, in the folder where it was started"]
-    commands.append(f"postgrad run {record.get('id', 'RUN')}/recipe.yaml --out again")
+    commands = [
+        f"RUN={shlex.quote(str(record.get('id', report.path.name)))}  # the folder of this card",
+        "# the whole run again, in the folder where it was started",
+        'postgrad run "$RUN/recipe.yaml" --out again',
+    ]
     if tuned and tuned.evidence:
-        commands.append(f"# {tuned.value:.6g} on {tuned.n} rows again, in the folder of this card")
-        commands.append(recompute_command(tuned.evidence, tuned.metric))
+        commands.append(f"# {tuned.value:.6g} on {tuned.n} rows, from its evidence alone")
+        commands += ['cd "$RUN"', recompute_command(tuned.evidence, tuned.metric)]
     return [
         "## Reproduction",
         "```bash\n" + "\n".join(commands) + "\n```",

@@ -206,10 +206,11 @@ def verdict(report: Report) -> VerdictText:
 def _summary(tuned: Measurement, base: Measurement, kind: Verdict) -> str:
     shots = arm_name(base.arm).partition(", ")[2] or base.arm
     rival = f"the base model at its best ({shots})"
+    subject = "The tuned model" if kind is Verdict.INCONCLUSIVE else "It"
     if tuned.metric in _SHARES:
         text = (
-            f"It answers {percent(tuned.value)} of {count(tuned.n)} held-out test rows correctly "
-            f"({metric_name(tuned.metric)}); {rival} {percent(base.value)}."
+            f"{subject} answers {percent(tuned.value)} of {count(tuned.n)} held-out test rows "
+            f"correctly ({metric_name(tuned.metric)}); {rival} {percent(base.value)}."
         )
     else:
         text = (
