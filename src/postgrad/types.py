@@ -269,6 +269,8 @@ class Measurement:
     """How the interval was made: `wilson`, `bootstrap`, `normal`."""
     evidence: str = ""
     """Path inside the run directory."""
+    errors: int = 0
+    """Rows among the n that failed instead of being answered; they count as score 0."""
 
 
 class Verdict(StrEnum):
