@@ -57,7 +57,11 @@ def build_tiny_model(directory: Path, *, vocabulary: int = 384, template: str | 
         pad_token_id=fast.pad_token_id,
         initializer_range=0.1,
     )
-    LlamaForCausalLM(config).save_pretrained(directory)
+    model = LlamaForCausalLM(config)
+    # Padding and end token are one, and a new embedding is zero at the padding: no real model's is.
+    embeddings = model.get_input_embeddings().weight
+    torch.nn.init.normal_(embeddings.data[config.pad_token_id], std=config.initializer_range)
+    model.save_pretrained(directory)
     return directory
 
 

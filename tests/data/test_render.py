@@ -345,6 +345,13 @@ def test_special_tokens_written_in_the_text_are_reported():
     assert "<|im_end|>" in problem.detail
 
 
+def test_special_tokens_without_a_part_in_conversations_may_be_written():
+    tokenizer = styled(CHATML)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<filename>"]})
+    c = conversation(("user", "open <filename>"), ("assistant", "yes <filename>"))
+    assert Renderer(tokenizer).inspect_all([example(c)])[0].problems == ()
+
+
 def test_weights_that_cannot_be_obeyed_are_reported():
     renderer = renderers["chatml", False]
     for role_weights in ((1.0, None), (None, float("nan")), (None, -1.0), (None, float("inf"))):

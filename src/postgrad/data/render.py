@@ -37,7 +37,7 @@ class ProblemKind(StrEnum):
     CONTENT = "content"
     """Text of a message is missing from the rendering or changed by the template."""
     CONTROL = "control"
-    """Text of a message holds a special token of the tokenizer."""
+    """Text of a message holds a special token that structures conversations."""
     BOUNDARY = "boundary"
     """A token holds the end of the prompt and the beginning of the answer."""
     END = "end"
@@ -300,7 +300,7 @@ class Renderer:
         for index, message in enumerate(conversation.messages):
             calls = [text for call in message.tool_calls for text in (call.name, call.arguments)]
             for text in (message.content, *calls):
-                found = self.template.special.search(text)
+                found = self.template.control.search(text)
                 if found:
                     detail = f"the {message.role} text holds the special token {found.group()}"
                     yield RenderProblem(ProblemKind.CONTROL, index, detail)

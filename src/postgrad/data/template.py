@@ -6,7 +6,7 @@ to, in which form it wants the arguments of a tool call: all is found by renderi
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, text: str | None = None) -> None:
         """Probe the template of `tokenizer`, or `text`."""
         self._tokenizer = tokenizer
-        self._text = text
+        self.override = text
         try:
             self.source: str = tokenizer.get_chat_template(text)
         except ValueError as error:
@@ -78,17 +78,22 @@ class ChatTemplate:
         tokens = _added_tokens(tokenizer)
         self._added = _alternatives(tokens)
         special = [token for token, is_special in tokens.items() if is_special]
-        self.special = _alternatives(dict.fromkeys(special, True))
-        self._closing = (
-            re.compile(f"(?:{self.special.pattern})(?:\\s|{self.special.pattern})*\\Z")
-            if special
-            else None
+        self._special = _alternatives(special)
+        self._closing = re.compile(
+            f"(?:{self._special.pattern})(?:\\s|{self._special.pattern})*\\Z"
         )
         self.arguments_as_text = False
         self.ending: Ending | None = None
         self.tool_ending: Ending | None = None
         self.opens_answer = True
+        self._written = self.source
         self._probe()
+        ends = {str(token) for token in (tokenizer.bos_token, tokenizer.eos_token) if token}
+        self.control = _alternatives(
+            [token for token in special if token in ends or token in self._written]
+        )
+        """Matches the special tokens that give a conversation its structure: those the template
+        writes, and the tokenizer's own first and last token."""
 
     @property
     def prints_the_date(self) -> bool:
@@ -105,7 +110,7 @@ class ChatTemplate:
         return self._tokenizer.apply_chat_template(  # type: ignore[no-any-return]
             self.to_dicts(messages),
             tools=[dict(tool) for tool in tools] or None,
-            chat_template=self._text,
+            chat_template=self.override,
             add_generation_prompt=prompt,
             tokenize=False,
         )
@@ -157,9 +162,9 @@ class ChatTemplate:
                 position = len(text) - len(ending.tail)
                 if position >= start:
                     return position + ending.length, True
-        found = self._closing.search(text, start) if self._closing else None
+        found = self._closing.search(text, start)
         if found:
-            first = self.special.match(text, found.start())
+            first = self._special.match(text, found.start())
             assert first is not None
             return first.end(), True
         return max(start, len(text.rstrip())), False
@@ -177,6 +182,7 @@ class ChatTemplate:
             ) from None
         except TEMPLATE_ERRORS:
             return  # It wants other roles first; each row is then closed by what it ends in.
+        self._written += text + prompt
         before, found, tail = text.rpartition(_ANSWER)
         if found:
             self.ending = Ending(tail, _first(self._added, tail))
@@ -195,7 +201,8 @@ class ChatTemplate:
             answer = text[text.rfind(_TOOL) :]
             if broken in answer or "probe_value" not in answer:
                 continue
-            found = self._closing.search(text) if self._closing else None
+            self._written += text
+            found = self._closing.search(text)
             if found:
                 tail = found.group()
                 self.tool_ending = Ending(tail, _first(self._added, tail))
@@ -210,7 +217,7 @@ def _added_tokens(tokenizer: Any) -> dict[str, bool]:
     return {token: special for token, special in tokens.items() if token.strip()}
 
 
-def _alternatives(tokens: Mapping[str, bool]) -> re.Pattern[str]:
+def _alternatives(tokens: Iterable[str]) -> re.Pattern[str]:
     """Match any of the tokens, the longest first; nothing when there are none."""
     longest_first = sorted(tokens, key=lambda token: (-len(token), token))
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
