@@ -69,6 +69,15 @@ def test_a_plan_and_checks_are_shown():
     assert "waived   lengths: 1 row" in text
 
 
+def test_the_training_and_figures_from_outside_are_shown():
+    train = {"stopped": "early", "steps": 1200, "best_step": 800, "best_loss": 0.25}
+    train |= {"start_loss": 1.5, "tokens_per_second": 512.3}
+    linear = {"name": "linear SVM", "value": 0.8, "n": 300, "source": "same rows"}
+    text = console.result_text({"train": train, "references": [linear]})
+    assert "training stopped early: 1,200 steps, best at step 800 with held-out loss 0.2500" in text
+    assert "for comparison: linear SVM 80.0%, n = 300 (same rows)" in text
+
+
 def test_checks_are_coloured_only_when_asked():
     check = {"name": "bos", "passed": True, "detail": "ok"}
     assert "\x1b" not in console.checks_text([check])

@@ -28,6 +28,14 @@ def test_a_run_is_running_only_while_a_process_holds_it(run):
     assert summarize(run)["status"] == "stopped"
 
 
+def test_a_failed_run_says_why_until_somebody_resumes_it(run):
+    run.update(status="failed", error="the disk is full")
+    assert summarize(run)["status"] == "failed"
+    assert summarize(run)["problem"] == "the disk is full"
+    with run.lock():
+        assert summarize(run)["status"] == "running"
+
+
 def test_a_finished_run_shows_verdict_tuned_value_and_seconds(run):
     base = {**TUNED, "arm": "base/zero-shot", "value": 0.0}
     run.measurements_path.parent.mkdir()

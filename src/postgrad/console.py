@@ -39,6 +39,8 @@ def result_text(document: Mapping[str, Any]) -> str:
     parts = [f"verdict: {document['verdict']}"] if document.get("verdict") else []
     parts.append(measurements_text(document.get("measurements") or ()))
     parts.append(comparisons_text(document.get("comparisons") or ()))
+    parts.append(references_text(document.get("references") or ()))
+    parts.append(training_text(document.get("train") or {}))
     parts.append(checks_text(document.get("checks") or ()))
     parts.append(mapping_text(document.get("plan") or {}))
     places = ("run", "report", "model_card", "export", "attribution")
@@ -69,6 +71,26 @@ def comparisons_text(comparisons: Sequence[Mapping[str, Any]]) -> str:
         f"[{100 * c['low']:+.1f}, {100 * c['high']:+.1f}], {_p_value(c['p'])}, n = {c['n']:,}; "
         f"this n would have seen {100 * c['detectable']:.1f} points"
         for c in comparisons
+    )
+
+
+def references_text(references: Sequence[Mapping[str, Any]]) -> str:
+    """Return a line for each figure from outside the run, such as a linear model's."""
+    return "\n".join(
+        f"for comparison: {r['name']} {_percent(r['value'])}, n = {r['n']:,} ({r['source']})"
+        for r in references
+    )
+
+
+def training_text(train: Mapping[str, Any]) -> str:
+    """Return in one sentence how the weights came about."""
+    if not train:
+        return ""
+    how = "stopped early" if train.get("stopped") == "early" else "went to the end"
+    return (
+        f"training {how}: {train['steps']:,} steps, best at step {train['best_step']:,} with "
+        f"held-out loss {train['best_loss']:.4f} (at the start {train['start_loss']:.4f}), "
+        f"{train['tokens_per_second']:,.0f} tokens/s"
     )
 
 
@@ -115,7 +137,7 @@ def runs_text(summaries: Sequence[Mapping[str, Any]], root: str) -> str:
                 run["status"],
                 (run.get("created") or "")[:16].replace("T", " "),
                 run.get("verdict") or "",
-                f"{_percent(tuned['value'])}{interval}" if tuned else run.get("problem", ""),
+                f"{_percent(tuned['value'])}{interval}" if tuned else run.get("problem") or "",
             ]
         )
     return table(["run", "name", "verb", "status", "created (UTC)", "verdict", "tuned"], rows)

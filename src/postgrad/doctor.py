@@ -79,10 +79,12 @@ def _processor() -> Check:
 
 
 def _accelerator() -> Check:
-    import torch
+    try:
+        import torch
 
-    from postgrad.model.load import has_native_bf16
-
+        from postgrad.model.load import has_native_bf16
+    except ImportError as error:
+        return Check("accelerator", False, f"torch cannot be used: {error}", "pip install torch")
     native, threads = has_native_bf16(), torch.get_num_threads()
     precision = "bf16 native" if native else "no native bf16: computes in fp32"
     data: dict[str, Any] = {"torch": torch.__version__, "bf16": native, "threads": threads}

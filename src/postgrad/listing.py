@@ -12,8 +12,9 @@ TUNED = "tuned"
 def summarize(run: Run) -> dict[str, Any]:
     """Return one run as a row: run, name, verb, status, created, verdict, tuned, seconds.
 
-    A run whose files are damaged has status `unreadable` and the reason under `problem`. One that
-    says it is running while no process holds it has status `stopped`.
+    The status is `running` while a process holds the directory, `stopped` when one was killed
+    there, else what the run says of itself: done, failed or interrupted. A run whose files are
+    damaged is `unreadable`; the reason stands under `problem`.
     """
     try:
         record = run.record
@@ -26,9 +27,10 @@ def summarize(run: Run) -> dict[str, Any]:
         "run": str(run.path),
         "name": record.get("name"),
         "verb": record.get("verb"),
-        "status": "stopped" if status == "running" and not run.in_use else status,
+        "status": "running" if run.in_use else "stopped" if status == "running" else status,
         "created": record.get("created"),
         "verdict": record.get("verdict"),
+        "problem": record.get("error") if status != "done" else None,
         "tuned": tuned[0] if tuned else None,
         "seconds": round(sum(record.get("seconds", {}).values()), 3),
     }
