@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from postgrad.config import Recipe, parse_recipe
-from postgrad.errors import CheckpointError, RunError
+from postgrad.errors import CheckpointError, Interrupted, RunError
 from postgrad.machine import hardware, versions
 from postgrad.strict_yaml import parse_yaml
 
@@ -192,6 +192,22 @@ class Run:
         spent = dict(self.record.get("seconds", {}))
         spent[stage] = round(spent.get(stage, 0.0) + seconds, 3)
         self.update(seconds=spent)
+
+    def fail(self, error: BaseException) -> None:
+        """Record in run.json how an unfinished run ended."""
+        stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+        message = str(error).splitlines()[0] if str(error) else type(error).__name__
+        with contextlib.suppress(RunError):
+            self.update(status="interrupted" if stopped else "failed", error=message)
+
+    def add_dropped(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add rows to data/dropped.jsonl, each once (a resumed run finds them again)."""
+        ledger = read_jsonl(self.dropped_path)
+        self.write_jsonl(self.dropped_path, [*ledger, *(r for r in rows if r not in ledger)])
+
+    def write_text(self, path: Path, text: str) -> None:
+        """Write a text file atomically."""
+        write_atomic(path, text.encode())
 
     def write_json(self, path: Path, value: Any) -> None:
         """Write JSON atomically."""

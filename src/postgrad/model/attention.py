@@ -125,7 +125,7 @@ class _BucketAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, *probabilities = ctx.saved_tensors
         dq, dk, dv = (_blank(x, ctx.buckets) for x in (q, k, v))
         heads, kv_heads, width = q.shape[1], k.shape[1], q.shape[2]
@@ -204,16 +204,16 @@ def packed_attention(
     if sliding_window is not None and longest > sliding_window:
         return _per_document(query, key, value, layout, scale, sliding_window), None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    if not layout.long:
-        return _BucketAttention.apply(q, k, v, layout.buckets, scale).unsqueeze(0), None
     if not layout.buckets:
         return _per_document(query, key, value, layout, scale, None), None
-    out = _BucketAttention.apply(q, k, v, layout.buckets, scale)
-    pieces = [
-        (start, _causal(*(x[:, :, start:end] for x in (query, key, value)), scale, None))
-        for start, end in layout.long
-    ]
-    return _place(out, pieces, layout).unsqueeze(0), None
+    out: Tensor = _BucketAttention.apply(  # type: ignore[no-untyped-call]
+        q, k, v, layout.buckets, scale
+    )
+    pieces: list[tuple[int, Tensor]] = []
+    for start, end in layout.long:
+        part = (x[:, :, start:end] for x in (query, key, value))
+        pieces.append((start, _causal(next(part), next(part), next(part), scale, None)))
+    return (_place(out, pieces, layout) if pieces else out).unsqueeze(0), None
 
 
 def _place(short: Tensor, pieces: list[tuple[int, Tensor]], layout: Layout) -> Tensor:
@@ -228,7 +228,8 @@ def _place(short: Tensor, pieces: list[tuple[int, Tensor]], layout: Layout) -> T
 def _per_document(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None
 ) -> Tensor:
-    pieces = zip(*(x.split(list(layout.lengths), dim=2) for x in (query, key, value)), strict=True)
+    sizes = list(layout.lengths)
+    pieces = zip(*(torch.split(x, sizes, dim=2) for x in (query, key, value)), strict=True)
     out = torch.cat([_causal(q, k, v, scale, window) for q, k, v in pieces], dim=2)
     return out.transpose(1, 2)
 

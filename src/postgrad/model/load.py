@@ -97,7 +97,9 @@ def load_model(directory: Path, dtype: torch.dtype) -> Any:
             )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
-        raise ModelError(f"{directory}: the model does not load: {first}", "check its files") from error
+        raise ModelError(
+            f"{directory}: the model does not load: {first}", "check its files"
+        ) from error
     if info.get("missing_keys"):
         missing = sorted(info["missing_keys"])
         raise ModelError(
@@ -139,7 +141,7 @@ def compute_dtype(precision: str) -> torch.dtype:
 def has_native_bf16() -> bool:
     """Return whether bf16 matrix products run in hardware (AMX, AVX512-BF16, Arm BF16, CUDA 8+)."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     try:
         flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
     except OSError:
@@ -184,7 +186,11 @@ def _convert(path: Path, target: Path) -> None:
         plain.generation_config = GenerationConfig.from_model_config(config)
         plain.save_pretrained(target)
         tokenizer.save_pretrained(target)
-    origin = {"source": path.name, "sha256": sha256_file(path), "transformers": transformers.__version__}
+    origin = {
+        "source": path.name,
+        "sha256": sha256_file(path),
+        "transformers": transformers.__version__,
+    }
     (target / "origin.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
 
 

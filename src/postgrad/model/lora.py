@@ -41,7 +41,7 @@ class _LoraFunction(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         flat, low, weight, a, b = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
         grad_low = grad @ b
@@ -82,7 +82,7 @@ class LoraLinear(nn.Module):
             dropped = functional.dropout(x, self.dropout).to(x.dtype)
             low = dropped @ self.lora_A.to(x.dtype).t()
             return self.base(x) + low @ (self.lora_B * self.scale).to(x.dtype).t()  # type: ignore[no-any-return]
-        return _LoraFunction.apply(  # type: ignore[no-any-return]
+        return _LoraFunction.apply(  # type: ignore[no-untyped-call,no-any-return]
             x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scale
         )
 
@@ -191,7 +191,9 @@ def read_adapter_config(directory: Path) -> LoraConfig:
     try:
         settings = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{directory}: no readable {CONFIG} ({error})", "give a PEFT folder") from None
+        raise ModelError(
+            f"{directory}: no readable {CONFIG} ({error})", "give a PEFT folder"
+        ) from None
     unsupported = {
         "peft_type": settings.get("peft_type") != "LORA",
         "use_dora": bool(settings.get("use_dora")),

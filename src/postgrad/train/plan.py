@@ -20,7 +20,9 @@ def auto_learning_rate(adapt: LoraConfig | FullConfig, parameters: int) -> float
     return 1e-5 if parameters <= 3.5e9 else 5e-6
 
 
-def activation_bytes_per_token(hidden: int, intermediate: int, layers: int, dtype_bytes: int) -> int:
+def activation_bytes_per_token(
+    hidden: int, intermediate: int, layers: int, dtype_bytes: int
+) -> int:
     """Estimate what a forward pass keeps for the backward pass, per token.
 
     Per layer about 22 vectors of the hidden size (norms in float32, projections, rotary copies,

@@ -28,7 +28,9 @@ class _FusedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_weight = (
+            torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        )
         matrix = weight.to(hidden.dtype)
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), CHUNK):
@@ -51,7 +53,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         return (losses * w).sum(dtype=torch.float64), losses
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         scale = grad.to(torch.float32)
         grad_weight = (saved[1] * scale).to(ctx.weight_dtype) if len(saved) > 1 else None
@@ -92,7 +94,9 @@ class SupervisedFineTuning:
             hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, flat)
             head = model.get_output_embeddings()
             bias = getattr(head, "bias", None)
-            return _FusedCrossEntropy.apply(hidden, head.weight, bias, labels, weights)  # type: ignore[no-any-return]
+            return _FusedCrossEntropy.apply(  # type: ignore[no-untyped-call,no-any-return]
+                hidden, head.weight, bias, labels, weights
+            )
         logits = model(**inputs).logits
         logits = logits.reshape(-1, logits.shape[-1]).index_select(0, flat).float()
         losses = functional.cross_entropy(logits, labels, reduction="none")

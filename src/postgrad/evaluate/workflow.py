@@ -1,0 +1,183 @@
+"""All arms of an evaluation on the same test rows: base with K examples, then the tuned model."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from postgrad.config import LoraConfig, Recipe
+from postgrad.data.dataset import Dataset
+from postgrad.data.render import Renderer
+from postgrad.errors import DataError
+from postgrad.evaluate import compare
+from postgrad.evaluate.evidence import read_evidence, write_evidence
+from postgrad.evaluate.linear import linear_floor
+from postgrad.evaluate.runner import (
+    choose_shots,
+    resolve_max_new_tokens,
+    run_arm,
+    sample_test,
+)
+from postgrad.model import lora
+from postgrad.model.load import Loaded, load, load_model
+from postgrad.progress import Display
+from postgrad.run import Run
+from postgrad.types import Comparison, Evidence, Example, Measurement, Split
+
+TUNED = "tuned"
+
+
+def base_arm(shots: int) -> str:
+    """Return the name of a prompting arm.
+
+    >>> base_arm(0), base_arm(8)
+    ('base/zero-shot', 'base/few-shot-8')
+    """
+    return f"base/few-shot-{shots}" if shots else "base/zero-shot"
+
+
+def evaluate_run(run: Run, dataset: Dataset, display: Display) -> dict[str, Any]:
+    """Measure every arm that has no evidence yet, compare, write evidence/measurements.json.
+
+    A run without a tuned model (no export) gets the base arms only. Returns the written document.
+    """
+    recipe = run.config
+    tests = sample_test(dataset.of(Split.TEST), recipe.evaluate.limit, recipe.seed)
+    if not tests:
+        raise DataError("there are no test rows", "set data.test to a share or a file")
+    if isinstance(recipe.train.threads, int):
+        torch.set_num_threads(recipe.train.threads)
+    arms = [base_arm(shots) for shots in recipe.evaluate.fewshot]
+    if (run.export / "adapter").exists() or (run.export / "model").exists():
+        arms.append(TUNED)
+    rows = _evidence(run, recipe, dataset, tests, arms, display)
+    scorer = recipe.evaluate.scorer
+    measurements = [
+        compare.measure(
+            rows[arm],
+            recipe.name,
+            scorer,
+            arm,
+            recipe.evaluate.confidence,
+            recipe.seed,
+            str(run.evidence_path(recipe.name, arm).relative_to(run.path)),
+        )
+        for arm in arms
+    ]
+    comparisons = [
+        compare.compare(
+            rows[arm], rows[TUNED], recipe.name, scorer, arm, TUNED,
+            recipe.evaluate.confidence, recipe.seed,
+        )
+        for arm in arms
+        if TUNED in rows and arm != TUNED
+    ]  # fmt: skip
+    document = {
+        "task": recipe.name,
+        "metric": scorer,
+        "measurements": [dataclasses.asdict(m) for m in measurements],
+        "comparisons": [dataclasses.asdict(c) for c in comparisons],
+        "references": _references(recipe, dataset, tests),
+    }
+    run.write_json(run.measurements_path, document)
+    run.update(verdict=_verdict(measurements, comparisons, recipe.evaluate.confidence))
+    return document
+
+
+def _verdict(
+    measurements: Sequence[Measurement], comparisons: Sequence[Comparison], confidence: float
+) -> str:
+    best = compare.best_base(measurements)
+    if best is None or not comparisons:
+        return "no comparison: there is no tuned model" if not comparisons else "no base arm"
+    return compare.headline(comparisons, confidence)
+
+
+def _evidence(
+    run: Run,
+    recipe: Recipe,
+    dataset: Dataset,
+    tests: Sequence[Example],
+    arms: Sequence[str],
+    display: Display,
+) -> dict[str, list[Evidence]]:
+    """Return the evidence of every arm, reading what an interrupted evaluation left behind."""
+    found: dict[str, list[Evidence]] = {}
+    wanted = [example.id for example in tests]
+    for arm in arms:
+        if run.evidence_path(recipe.name, arm).exists():
+            rows = read_evidence(run, recipe.name, arm)
+            if [row.example_id for row in rows] == wanted:
+                found[arm] = rows
+    missing = [arm for arm in arms if arm not in found]
+    if not missing:
+        return found
+    loaded = load(recipe.model)
+    eos = loaded.model.generation_config.eos_token_id
+    eos_ids = [eos] if isinstance(eos, int) else list(eos or [])
+    renderer = Renderer(loaded.tokenizer, eos_token_ids=eos_ids)
+    train = dataset.of(Split.TRAIN)
+    limit = resolve_max_new_tokens(
+        recipe.evaluate.max_new_tokens, renderer, train, recipe.data.max_length
+    )
+    shots = {base_arm(k): choose_shots(train, k, recipe.seed) for k in recipe.evaluate.fewshot}
+    for arm in missing:
+        model = tuned_model(run, recipe, loaded) if arm == TUNED else loaded.model
+        found[arm] = run_arm(
+            model,
+            renderer,
+            loaded.tokenizer,
+            tests,
+            arm=arm,
+            shots=shots.get(arm, ()),
+            scorer=recipe.evaluate.scorer,
+            pattern=recipe.evaluate.pattern,
+            max_new_tokens=limit,
+            batch_tokens=recipe.evaluate.batch_tokens,
+            display=display,
+        )
+        write_evidence(run, recipe.name, arm, found[arm])
+    return found
+
+
+def tuned_model(run: Run, recipe: Recipe, loaded: Loaded) -> Any:
+    """Return the tuned model from the run's export folder.
+
+    With LoRA the loaded base gets the adapter attached; evaluate the base arms before.
+    """
+    if isinstance(recipe.model.adapt, LoraConfig):
+        lora.attach_adapter(loaded.model, run.export / "adapter")
+        return loaded.model.eval()
+    return load_model(run.export / "model", loaded.dtype)
+
+
+def _references(recipe: Recipe, dataset: Dataset, tests: Sequence[Example]) -> list[dict[str, Any]]:
+    """Return what a simple linear model reaches on the same rows, when answers are labels."""
+    train = dataset.of(Split.TRAIN)
+    floor = linear_floor(
+        [request(example) for example in train],
+        [example.conversation.answer for example in train],
+        [request(example) for example in tests],
+        [example.conversation.answer for example in tests],
+        confidence=recipe.evaluate.confidence,
+        seed=recipe.seed,
+    )
+    if floor is None:
+        return []
+    return [
+        {
+            "name": floor.arm,
+            "value": floor.value,
+            "low": floor.low,
+            "high": floor.high,
+            "n": floor.n,
+            "source": floor.source,
+        }
+    ]
+
+
+def request(example: Example) -> str:
+    """Return the last user message: what a linear model gets to see."""
+    users = [m.content for m in example.conversation.messages if m.role == "user"]
+    return users[-1] if users else ""

@@ -1,0 +1,218 @@
+"""One wiring function per verb: the map of the system. Each is short; the work is elsewhere."""
+
+import contextlib
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from postgrad.config import Recipe
+from postgrad.data.dataset import Dataset, load_dataset, read_dataset, save_dataset
+from postgrad.errors import ConfigError
+from postgrad.progress import Display, SilentDisplay
+from postgrad.run import Run, create_run, find_resumable, read_json
+from postgrad.types import Split
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What every verb takes besides its recipe."""
+
+    out: Path | None = None
+    """The run directory; None = a new one below runs/."""
+    resume: bool = False
+    """Go on with the run of an equal recipe."""
+    dry_run: bool = False
+    """Print the plan and stop."""
+    show: Display = SilentDisplay()
+    """Where progress goes."""
+
+
+def run(recipe: Recipe, options: Options) -> dict[str, Any]:
+    """Data, pre-flight, training, evaluation, report: the whole job in one run directory."""
+    if options.dry_run:
+        return plan(recipe, options)
+    with _open(recipe, "run", options) as run:
+        dataset = _data(run, options)
+        _train(run, dataset, options)
+        _evaluate(run, dataset, options)
+        return _finish(run, options)
+
+
+def train(recipe: Recipe, options: Options) -> dict[str, Any]:
+    """Data, pre-flight and training; `evaluate RUN` can follow."""
+    if options.dry_run:
+        return plan(recipe, options)
+    with _open(recipe, "train", options) as run:
+        _train(run, _data(run, options), options)
+        return _finish(run, options)
+
+
+def evaluate(target: Recipe | Run, options: Options) -> dict[str, Any]:
+    """Measure a finished training's run, or, from a recipe, the base model's prompting arms."""
+    if isinstance(target, Run):
+        with target.lock():
+            _evaluate(target, read_dataset(target), options)
+            return _finish(target, options)
+    with _open(target, "evaluate", options) as run:
+        _evaluate(run, _data(run, options), options)
+        return _finish(run, options)
+
+
+def report(run: Run) -> dict[str, Any]:
+    """Write report.html and MODEL_CARD.md from files alone."""
+    from postgrad.report.html import write_report
+    from postgrad.report.model_card import write_model_card
+
+    write_report(run)
+    write_model_card(run)
+    return document(run)
+
+
+def demo(minutes: float, options: Options) -> dict[str, Any]:
+    """Run the embedded recipe, sized to a time budget."""
+    from postgrad.demo.licences import ATTRIBUTION
+    from postgrad.demo.recipe import demo_recipe
+
+    options.show.note(ATTRIBUTION)
+    recipe = demo_recipe(minutes)
+    result = run(recipe, options)
+    return {**result, "attribution": ATTRIBUTION}
+
+
+def plan(recipe: Recipe, options: Options) -> dict[str, Any]:
+    """Load everything, train nothing: tokens, steps, memory and time from one real micro-batch."""
+    from postgrad.train.estimate import estimate_session
+    from postgrad.train.session import open_session
+
+    options.show.stage("data")
+    dataset = load_dataset(recipe.data, recipe.seed)
+    options.show.stage("model")
+    session = open_session(recipe, dataset)
+    counts = {str(split): len(dataset.of(split)) for split in Split if dataset.of(split)}
+    return {"plan": {"rows": counts, **estimate_session(session)}}
+
+
+def explain_row(recipe: Recipe, row: int) -> list[tuple[str, float]]:
+    """Return training row number `row` (from 1) as rendered pieces with their loss weights."""
+    from postgrad.data.render import Renderer
+    from postgrad.model.load import load_tokenizer, model_directory
+
+    rows = load_dataset(recipe.data, recipe.seed).of(Split.TRAIN)
+    if not 1 <= row <= len(rows):
+        raise ConfigError(f"there is no training row {row}", f"choose from 1 to {len(rows)}")
+    directory = model_directory(recipe.model.base, recipe.model.revision)
+    renderer = Renderer(load_tokenizer(directory, recipe.model.chat_template))
+    return renderer.pieces(renderer.render(rows[row - 1]))
+
+
+def doctor(recipe: Recipe) -> dict[str, Any]:
+    """Run every pre-flight check of a recipe without training."""
+    from postgrad.train.session import open_session
+
+    dataset = load_dataset(recipe.data, recipe.seed)
+    checks = open_session(recipe, dataset).checks(dataset.checks)
+    return {"checks": [asdict(check) for check in checks]}
+
+
+def verify_resume(recipe: Recipe, options: Options) -> dict[str, Any]:
+    """Prove on this recipe that an interrupted and resumed training equals an uninterrupted one."""
+    from postgrad.train.verify_resume import verify_resume as verify
+
+    folder = Path(tempfile.mkdtemp(prefix="postgrad-verify-resume-"))
+    try:
+        return verify(recipe, folder, options.show)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def document(run: Run) -> dict[str, Any]:
+    """Return the one JSON document of a run."""
+    record = run.record
+    measured: dict[str, Any] = {"measurements": [], "comparisons": [], "references": []}
+    if run.measurements_path.exists():
+        measured |= read_json(run.measurements_path)
+    return {
+        "run": str(run.path),
+        "verdict": record.get("verdict"),
+        "measurements": measured["measurements"],
+        "comparisons": measured["comparisons"],
+        "references": measured["references"],
+        "train": record.get("train"),
+        "seconds": record.get("seconds", {}),
+        "report": str(run.report_path) if run.report_path.exists() else None,
+    }
+
+
+@contextlib.contextmanager
+def _open(recipe: Recipe, verb: str, options: Options) -> Iterator[Run]:
+    """Create the run directory, or find the one to resume, and hold its lock."""
+    run = find_resumable(recipe, verb, options.out) if options.resume else None
+    resumed = run is not None
+    run = run or create_run(recipe, verb, options.out)
+    options.show.note(f"{'resuming' if resumed else 'run'} {run.path}")
+    with run.lock():
+        try:
+            yield run
+        except BaseException as error:
+            run.fail(error)
+            raise
+
+
+@contextlib.contextmanager
+def _timed(run: Run, stage: str, options: Options) -> Iterator[None]:
+    options.show.stage(stage)
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        run.add_seconds(stage, time.monotonic() - began)
+
+
+def _data(run: Run, options: Options) -> Dataset:
+    if run.manifest_path.exists():
+        return read_dataset(run)
+    with _timed(run, "data", options):
+        dataset = load_dataset(run.recipe.data, run.recipe.seed)
+        save_dataset(dataset, run)
+    return dataset
+
+
+def _train(run: Run, dataset: Dataset, options: Options) -> None:
+    """Pre-flight, the loop, the best weights, the export; does nothing when that is all done."""
+    from postgrad.train.preflight import may_pack, refuse, write_checks
+    from postgrad.train.session import open_session
+    from postgrad.train.workflow import export_model, train_model
+
+    if "train" in run.record:
+        return
+    with _timed(run, "preflight", options):
+        session = open_session(run.config, dataset)
+        run.write_text(run.config_path, session.recipe.to_yaml())
+        checks = session.checks(dataset.checks)
+        write_checks(run, checks)
+        run.add_dropped(asdict(row) for row in session.dropped)
+        refuse(checks)
+        packed = may_pack(checks)
+    with _timed(run, "train", options):
+        facts = train_model(session, run, packed, options.show)
+        merge = export_model(session, run, packed)
+        run.update(train=facts, **({"merge": merge} if merge else {}))
+
+
+def _evaluate(run: Run, dataset: Dataset, options: Options) -> None:
+    from postgrad.evaluate.workflow import evaluate_run
+
+    with _timed(run, "evaluate", options):
+        evaluate_run(run, dataset, options.show)
+
+
+def _finish(run: Run, options: Options) -> dict[str, Any]:
+    with _timed(run, "report", options):
+        report(run)
+    report(run)
+    run.seal()
+    return document(run)

@@ -1,0 +1,209 @@
+"""A recipe, its rows and its model brought together: what training, doctor and the dry run share."""
+
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from postgrad.config import FullConfig, LoraConfig, Recipe
+from postgrad.data.dataset import Dataset
+from postgrad.data.lengths import keep_usable
+from postgrad.data.render import Renderer, Rendering
+from postgrad.errors import DataError
+from postgrad.machine import available_cores
+from postgrad.model import lora
+from postgrad.model.attention import training_attention
+from postgrad.model.load import Loaded, device, load
+from postgrad.train.held_out import Validation
+from postgrad.train.plan import activation_bytes_per_token, auto_eval_steps, resolve_train
+from postgrad.train.preflight import preflight
+from postgrad.train.memory import available_bytes
+from postgrad.train.sft import SupervisedFineTuning
+from postgrad.train.stream import Stream
+from postgrad.types import Check, Dropped, Split, Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """Everything `fit` needs, with every `auto` resolved but the packing verdict."""
+
+    recipe: Recipe
+    """Resolved."""
+    loaded: Loaded
+    """The model, adapters attached, every trained parameter in float32."""
+    renderer: Renderer
+    renderings: tuple[Rendering, ...]
+    """Training and validation rows as rendered, nothing left out yet."""
+    training: tuple[Tokens, ...]
+    validation: tuple[Tokens, ...]
+    dropped: tuple[Dropped, ...]
+    """Rows cut or left out because of their length or template."""
+    objective: SupervisedFineTuning
+
+    @property
+    def model(self) -> Any:
+        """The Transformers model."""
+        return self.loaded.model
+
+    def attention(self) -> AbstractContextManager[None]:
+        """Return a block inside which the model runs with packed attention."""
+        return training_attention(self.model)
+
+    def checks(self, data_checks: Sequence[Check]) -> tuple[Check, ...]:
+        """Run pre-flight on this session."""
+        micro = self.recipe.train.micro_batch_tokens
+        assert isinstance(micro, int)
+        with self.attention():
+            return preflight(
+                self.recipe,
+                self.renderer,
+                self.renderings,
+                data_checks,
+                self.model,
+                self.objective,
+                micro_batch_tokens=micro,
+                precision=self.loaded.dtype,
+            )
+
+    def stream(self, packed: bool) -> Stream:
+        """Plan the training batches."""
+        train = self.recipe.train
+        assert isinstance(train.tokens_per_batch, int)
+        assert isinstance(train.micro_batch_tokens, int)
+        return Stream(
+            self.training,
+            epochs=train.num_train_epochs,
+            tokens_per_batch=train.tokens_per_batch,
+            micro_batch_tokens=train.micro_batch_tokens,
+            packed=packed,
+            seed=self.recipe.seed,
+            max_steps=train.max_steps,
+        )
+
+    def held_out(self, packed: bool) -> Validation:
+        """Lay out the validation rows."""
+        micro = self.recipe.train.micro_batch_tokens
+        assert isinstance(micro, int)
+        return Validation(self.validation, micro, packed)
+
+
+def open_session(recipe: Recipe, dataset: Dataset) -> Session:
+    """Load the model, attach the adapter, render the rows and resolve every `auto`.
+
+    An `auto` that depends on the machine is measured only when it is still `auto`: a resumed run
+    brings its own numbers.
+    """
+    torch.manual_seed(recipe.seed)
+    loaded = load(recipe.model)
+    eos = loaded.model.generation_config.eos_token_id
+    eos_ids = [eos] if isinstance(eos, int) else list(eos or [])
+    renderer = Renderer(loaded.tokenizer, eos_token_ids=eos_ids)
+    adapt = recipe.model.adapt
+    if isinstance(adapt, LoraConfig):
+        lora.add_lora(loaded.model, adapt, recipe.seed)
+    else:
+        loaded.model.requires_grad_(True)
+    if recipe.train.gradient_checkpointing:
+        loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
+    renderings, rows, dropped = _rows(recipe, dataset, renderer)
+    full_in_bf16 = isinstance(adapt, FullConfig) and loaded.dtype == torch.bfloat16
+    objective = SupervisedFineTuning(autocast=full_in_bf16)
+    session = Session(recipe, loaded, renderer, renderings, rows[0], rows[1], dropped, objective)
+    return _resolved(session)
+
+
+def _rows(
+    recipe: Recipe, dataset: Dataset, renderer: Renderer
+) -> tuple[tuple[Rendering, ...], tuple[tuple[Tokens, ...], ...], tuple[Dropped, ...]]:
+    found: list[Rendering] = []
+    rows: list[tuple[Tokens, ...]] = []
+    dropped: list[Dropped] = []
+    for split in (Split.TRAIN, Split.VALIDATION):
+        rendered = renderer.inspect_all(dataset.of(split))
+        kept, lost = keep_usable(rendered, recipe.data)
+        tokens = tuple(r.tokens for r in kept if r.tokens is not None)
+        if not tokens:
+            raise DataError(
+                f"no {split} row is left (all {len(rendered)} were dropped for their length "
+                f"or refused by the chat template; the first: {_first(lost)})",
+                f"raise data.max_length (now {recipe.data.max_length}) or correct the rows",
+            )
+        if split is Split.VALIDATION and recipe.train.eval_rows is not None:
+            tokens = _sample(tokens, recipe.train.eval_rows, recipe.seed)
+        found += rendered
+        rows.append(tokens)
+        dropped += lost
+    return tuple(found), tuple(rows), tuple(dropped)
+
+
+def _first(lost: Sequence[Dropped]) -> str:
+    return f"{lost[0].source}: {lost[0].reason}" if lost else "there were none"
+
+
+def _sample(rows: tuple[Tokens, ...], limit: int, seed: int) -> tuple[Tokens, ...]:
+    if len(rows) <= limit:
+        return rows
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(rows), generator=generator)[:limit].sort().values.tolist()
+    return tuple(rows[index] for index in chosen)
+
+
+def _resolved(session: Session) -> Session:
+    recipe, loaded = session.recipe, session.loaded
+    config = loaded.model.config.get_text_config()
+    per_token = activation_bytes_per_token(
+        config.hidden_size,
+        getattr(config, "intermediate_size", 4 * config.hidden_size),
+        config.num_hidden_layers,
+        2 if loaded.dtype == torch.bfloat16 else 4,
+    )
+    lengths = [len(row) for row in (*session.training, *session.validation)]
+    train = resolve_train(
+        recipe.train,
+        recipe.model.adapt,
+        parameters=loaded.parameters,
+        lengths=lengths,
+        free_bytes=available_bytes(device()),
+        bytes_per_token=per_token,
+        on_gpu=device().type == "cuda",
+        threads=1 if recipe.train.threads == "auto" else recipe.train.threads,
+    )
+    session = _with(session, train)
+    threads = recipe.train.threads
+    if threads == "auto":
+        threads = 1 if device().type == "cuda" else fastest_threads(session)
+    torch.set_num_threads(threads)
+    steps = len(session.stream(packed=True))
+    every = train.eval_steps if train.eval_steps != "auto" else auto_eval_steps(steps)
+    return _with(session, train.model_copy(update={"threads": threads, "eval_steps": every}))
+
+
+def _with(session: Session, train: Any) -> Session:
+    return replace(session, recipe=session.recipe.model_copy(update={"train": train}))
+
+
+def fastest_threads(session: Session) -> int:
+    """Time one real micro-batch with all, half and one of the cores; more must earn their place.
+
+    Two threads can be slower than one on a busy machine: OpenMP barriers wait for the slowest.
+    """
+    cores = available_cores()
+    batch = session.stream(packed=True).step(0)[0]
+    times: dict[int, float] = {}
+    with session.attention():
+        for threads in sorted({1, max(1, cores // 2), cores}):
+            torch.set_num_threads(threads)
+            times[threads] = min(_seconds(session, batch) for _ in range(2))
+    session.model.zero_grad(set_to_none=True)
+    return min(times, key=lambda threads: times[threads])
+
+
+def _seconds(session: Session, batch: Any) -> float:
+    began = time.perf_counter()
+    session.model.train()
+    session.objective(session.model, batch).total.backward()
+    session.model.eval()
+    return time.perf_counter() - began

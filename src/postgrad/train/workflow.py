@@ -1,0 +1,219 @@
+"""Train, restore the best weights, prove that they are the best, export them, prove that too."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from postgrad.config import LoraConfig
+from postgrad.data.batches import micro_batches
+from postgrad.errors import TrainingError
+from postgrad.model import export
+from postgrad.model.attention import training_attention
+from postgrad.progress import Display
+from postgrad.run import Run
+from postgrad.train.checkpoint import (
+    Progress,
+    load_checkpoint,
+    load_weights,
+    newest_valid,
+    save_weights,
+)
+from postgrad.train.fit import Loop, fit
+from postgrad.train.held_out import Validation
+from postgrad.train.memory import peak_memory
+from postgrad.train.optimizer import make_optimizer, trainable
+from postgrad.train.schedule import learning_rate
+from postgrad.train.session import Session
+from postgrad.train.sft import model_inputs
+from postgrad.train.stopping import observe
+
+
+RESTORE_TOLERANCE = 1e-6
+"""Largest relative difference between a recorded held-out loss and the restored model's; zero on a
+CPU, where sums are made in the same order."""
+LOGIT_ROWS = 8
+"""Validation rows on which merged and adapted logits are compared."""
+
+
+def train_model(session: Session, run: Run, packed: bool, display: Display) -> dict[str, Any]:
+    """Run the loop from the newest checkpoint (or from nothing) and deliver the best weights.
+
+    Returns what run.json keeps under `train`.
+    """
+    config = session.recipe.train
+    stream, validation = session.stream(packed), session.held_out(packed)
+    peak = config.learning_rate
+    assert isinstance(peak, float)
+    assert isinstance(config.eval_steps, int)
+    optimizer = make_optimizer(session.model, config, peak)
+    start = _resume(session, run, optimizer)
+    stopping = config.early_stopping
+    with session.attention(), peak_memory(session.model.device) as memory:
+        progress = fit(
+            session.model,
+            session.objective,
+            stream,
+            optimizer,
+            lambda step: learning_rate(
+                step, len(stream), peak, config.lr_scheduler_type, config.warmup_ratio
+            ),
+            loop=Loop(
+                config.eval_steps,
+                config.save_minutes * 60,
+                config.save_total_limit,
+                config.max_grad_norm,
+            ),
+            run=run,
+            validate=functools.partial(validation, session.model, session.objective),
+            stopper=functools.partial(
+                observe,
+                patience=stopping.patience if stopping else None,
+                min_delta=stopping.min_delta if stopping else "1se",
+            ),
+            start=start,
+            display=display,
+        )
+        restored = restore_best(session, run, validation, progress)
+    return _facts(session, run, progress, restored, memory.bytes, len(stream), packed)
+
+
+def _resume(session: Session, run: Run, optimizer: torch.optim.Optimizer) -> Progress:
+    folder = newest_valid(run)
+    if folder is None:
+        run.rewind_metrics(-1)
+        torch.manual_seed(session.recipe.seed)
+        return Progress()
+    progress = load_checkpoint(folder, session.model, optimizer)
+    run.rewind_metrics(progress.step)
+    run.event("resumed", step=progress.step, checkpoint=folder.name)
+    return progress
+
+
+def restore_best(session: Session, run: Run, validation: Validation, progress: Progress) -> float:
+    """Load the best checkpoint and measure it again; it must give the loss that was recorded."""
+    best = run.pointed("best")
+    assert best is not None
+    assert progress.stopping is not None
+    load_weights(session.model, best)
+    restored = validation(session.model, session.objective).loss
+    recorded = progress.stopping.best_loss
+    if abs(restored - recorded) > RESTORE_TOLERANCE * abs(recorded):
+        raise TrainingError(
+            f"the restored best weights give a held-out loss of {restored:.6f}, "
+            f"step {progress.stopping.best_step} was recorded with {recorded:.6f}",
+            "do not use this model; check the disk and the memory of this machine and train again",
+        )
+    run.event("restored", step=progress.stopping.best_step, loss=restored)
+    return restored
+
+
+def _facts(
+    session: Session,
+    run: Run,
+    progress: Progress,
+    restored: float,
+    peak_bytes: int,
+    steps: int,
+    packed: bool,
+) -> dict[str, Any]:
+    assert progress.stopping is not None
+    train = session.recipe.train
+    first = next(line for line in run.read_metrics() if "validation/loss" in line)
+    tokens_per_epoch = sum(len(row) for row in session.training)
+    return {
+        "best_step": progress.stopping.best_step,
+        "best_loss": progress.stopping.best_loss,
+        "restored_loss": restored,
+        "start_loss": first["validation/loss"],
+        "last_step": progress.step,
+        "stopped": "early" if progress.stopping.stopped else "end",
+        "steps": steps,
+        "epochs": round(progress.tokens / tokens_per_epoch, 3),
+        "tokens": progress.tokens,
+        "supervised_tokens": progress.supervised_tokens,
+        "tokens_per_second": round(progress.tokens / progress.seconds, 1),
+        "peak_memory_bytes": peak_bytes,
+        "trainable_parameters": sum(p.numel() for p in trainable(session.model).values()),
+        "total_parameters": session.loaded.parameters,
+        "learning_rate": train.learning_rate,
+        "tokens_per_batch": train.tokens_per_batch,
+        "micro_batch_tokens": train.micro_batch_tokens,
+        "threads": train.threads,
+        "precision": str(session.loaded.dtype).removeprefix("torch."),
+        "packed": packed,
+    }
+
+
+def export_model(session: Session, run: Run, packed: bool) -> dict[str, Any] | None:
+    """Write export/: the adapter (and the merged model, measured), or the fully tuned model.
+
+    Returns what run.json keeps under `merge`; None when nothing was merged.
+
+    Raises:
+        TrainingError: merging changed the held-out loss by more than train.merge_tolerance.
+    """
+    recipe, loaded = session.recipe, session.loaded
+    adapt = recipe.model.adapt
+    if not isinstance(adapt, LoraConfig):
+        with run.publish(run.export / "model") as folder:
+            export.write_full(
+                loaded.directory, loaded.model, folder, loaded.tokenizer, session.renderer.stop_ids
+            )
+        return None
+    with run.publish(run.export / "adapter") as folder:
+        save_weights(loaded.model, folder, str(loaded.directory), adapt)
+    if not recipe.train.merge:
+        return None
+    target = run.export / "merged"
+    with run.publish(target) as folder:
+        export.write_merged(
+            loaded.directory,
+            run.export / "adapter",
+            folder,
+            loaded.tokenizer,
+            session.renderer.stop_ids,
+        )
+        drift = measure_drift(session, export.open_merged(folder, loaded.dtype), packed)
+        if drift["refused"]:
+            run.update(merge=drift)
+            raise TrainingError(
+                f"merging moves the held-out loss from {drift['loss_before']:.4f} to "
+                f"{drift['loss_after']:.4f}, more than train.merge_tolerance allows "
+                f"({drift['tolerance']}); the merged model was not written",
+                "serve the adapter unmerged (export/adapter), or raise train.merge_tolerance",
+            )
+    return drift
+
+
+def measure_drift(session: Session, merged: Any, packed: bool) -> dict[str, Any]:
+    """Compare a merged model with the adapted one: held-out loss and logits on validation rows."""
+    validation = session.held_out(packed)
+    with session.attention():
+        before = validation(session.model, session.objective).loss
+        logits = _logits(session, session.model)
+    with training_attention(merged):
+        after = validation(merged, session.objective).loss
+        other = _logits(session, merged)
+    tolerance = session.recipe.train.merge_tolerance
+    return {
+        "loss_before": before,
+        "loss_after": after,
+        "max_logit_difference": float((logits - other).abs().max()),
+        "greedy_agreement": float((logits.argmax(-1) == other.argmax(-1)).float().mean()),
+        "tolerance": tolerance,
+        "refused": not abs(after - before) <= tolerance,
+    }
+
+
+def _logits(session: Session, model: Any) -> Tensor:
+    """Logits [supervised positions of a few rows, V] in float32."""
+    rows = session.validation[:LOGIT_ROWS]
+    batches = micro_batches(rows, max(len(row) for row in rows), packed=False)
+    found = []
+    with torch.no_grad():
+        for batch in batches:
+            logits = model(**model_inputs(batch, model.device)).logits
+            found.append(logits[torch.from_numpy(batch.weights > 0)].float())
+    return torch.cat(found)
