@@ -78,6 +78,19 @@ def test_the_training_and_figures_from_outside_are_shown():
     assert "for comparison: linear SVM 80.0%, n = 300 (same rows)" in text
 
 
+def test_figures_have_the_unit_of_their_name():
+    text = console.mapping_text(
+        {"peak_memory_bytes": 4_200_000_000, "train_seconds": 371.2, "tokens": 123456, "lr": 1e-4}
+    )
+    assert [line.split(maxsplit=1)[1] for line in text.splitlines()] == [
+        "4.20 GB",
+        "6 min 11 s",
+        "123,456",
+        "0.0001",
+    ]
+    assert console.mapping_text({"exact": True, "name": "a"}) == "exact  true\nname   a"
+
+
 def test_checks_are_coloured_only_when_asked():
     check = {"name": "bos", "passed": True, "detail": "ok"}
     assert "\x1b" not in console.checks_text([check])

@@ -73,7 +73,9 @@ def postgrad(
 
 @app.command("demo")
 def demo(
-    minutes: Annotated[float, typer.Option("--minutes", min=0.5, help="Time budget.")] = 10,
+    minutes: Annotated[
+        float, typer.Option("--minutes", min=1, help="Time budget on two cores.")
+    ] = 10,
     out: Out = None,
     resume: Resume = False,
     as_json: AsJson = False,
@@ -209,13 +211,14 @@ def doctor(
 
     With a recipe every pre-flight check is run, and nothing is trained.
     """
-    if verify_resume:
-        if recipe is None:
-            raise errors.ConfigError("--verify-resume needs a recipe", "add the path of a recipe")
-        return _staged("verify_resume", _recipe(recipe, overrides), _options(None))
     from postgrad import console
     from postgrad import doctor as checkup
 
+    if verify_resume:
+        if recipe is None:
+            raise errors.ConfigError("--verify-resume needs a recipe", "add the path of a recipe")
+        proof = _staged("verify_resume", _recipe(recipe, overrides), _options(None)).document
+        return Reply(proof, lambda: console.mapping_text(proof))
     with contextlib.redirect_stdout(sys.stderr):
         checks = [dataclasses.asdict(check) for check in checkup.examine(Path.cwd())]
     document: dict[str, Any] = {"checks": checks}

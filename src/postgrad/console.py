@@ -108,7 +108,7 @@ def checks_text(checks: Sequence[Mapping[str, Any]], colour: bool = False) -> st
 
 
 def mapping_text(mapping: Mapping[str, Any], indent: str = "") -> str:
-    """Return `key  value` lines; nested mappings are indented."""
+    """Return `key  value` lines in the unit that a key ends with; nested mappings are indented."""
     width = max((len(str(key)) for key in mapping), default=0)
     lines = []
     for key, value in mapping.items():
@@ -116,7 +116,7 @@ def mapping_text(mapping: Mapping[str, Any], indent: str = "") -> str:
             lines.append(f"{indent}{key}")
             lines.append(mapping_text(value, indent + "  "))
         else:
-            lines.append(f"{indent}{key!s:<{width}}  {plain(value)}")
+            lines.append(f"{indent}{key!s:<{width}}  {_figure(str(key), value)}")
     return "\n".join(line for line in lines if line)
 
 
@@ -215,6 +215,17 @@ def plain(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(plain(inner) for inner in value) + "]"
     return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _figure(key: str, value: Any) -> str:
+    """Return a value in the unit that its name ends with."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or key == "seed":
+        return plain(value)
+    if key.endswith("_bytes"):
+        return f"{value / 1e9:.2f} GB"
+    if key.endswith("_seconds"):
+        return duration(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def _percent(value: float | None) -> str:
