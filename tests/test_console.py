@@ -124,7 +124,7 @@ def test_the_table_of_runs_survives_missing_values():
                 "verb": "run",
                 "status": "done",
                 "created": "2026-11-24T10:11:12+00:00",
-                "verdict": "improved",
+                "outcome": "improved",
                 "tuned": MEASURED,
             },
         ],
@@ -138,7 +138,7 @@ def test_the_table_of_runs_survives_missing_values():
         "status",
         "created",
         "(UTC)",
-        "verdict",
+        "outcome",
         "tuned",
     ]
     assert "run.json is not JSON" in lines[1]

@@ -39,13 +39,19 @@ def test_a_failed_run_says_why_until_somebody_resumes_it(run):
 def test_a_finished_run_shows_verdict_tuned_value_and_seconds(run):
     base = {**TUNED, "arm": "base/zero-shot", "value": 0.0}
     run.measurements_path.parent.mkdir()
-    run.write_json(run.measurements_path, {"measurements": [base, TUNED], "comparisons": []})
-    run.update(verdict="improved")
+    comparisons = [
+        {"a": "base/zero-shot", "b": "tuned", "difference": 0.8, "verdict": "improved"},
+        {"a": "base/few-shot-8", "b": "tuned", "difference": 0.01, "verdict": "inconclusive"},
+    ]
+    results = {"measurements": [base, TUNED], "comparisons": comparisons}
+    run.write_json(run.measurements_path, results)
+    run.update(verdict="inconclusive: 9 rows")
     run.add_seconds("train", 2)
     run.add_seconds("data", 1)
     run.seal()
     found = summarize(run)
-    assert (found["status"], found["verdict"], found["tuned"]) == ("done", "improved", TUNED)
+    assert (found["status"], found["tuned"]) == ("done", TUNED)
+    assert (found["verdict"], found["outcome"]) == ("inconclusive: 9 rows", "inconclusive")
     assert found["seconds"] == 3
 
 

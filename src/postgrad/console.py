@@ -136,11 +136,11 @@ def runs_text(summaries: Sequence[Mapping[str, Any]], root: str) -> str:
                 run.get("verb") or "",
                 run["status"],
                 (run.get("created") or "")[:16].replace("T", " "),
-                run.get("verdict") or "",
+                run.get("outcome") or "",
                 f"{_percent(tuned['value'])}{interval}" if tuned else run.get("problem") or "",
             ]
         )
-    return table(["run", "name", "verb", "status", "created (UTC)", "verdict", "tuned"], rows)
+    return table(["run", "name", "verb", "status", "created (UTC)", "outcome", "tuned"], rows)
 
 
 def run_text(run: Mapping[str, Any]) -> str:

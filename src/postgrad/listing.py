@@ -10,7 +10,9 @@ TUNED = "tuned"
 
 
 def summarize(run: Run) -> dict[str, Any]:
-    """Return one run as a row: run, name, verb, status, created, verdict, tuned, seconds.
+    """Return one run as a row: run, name, verb, status, created, verdict, outcome, tuned, seconds.
+
+    `outcome` is the verdict against the strongest base arm in one word, `verdict` its sentence.
 
     The status is `running` while a process holds the directory, `stopped` when one was killed
     there, else what the run says of itself: done, failed or interrupted. A run whose files are
@@ -18,11 +20,12 @@ def summarize(run: Run) -> dict[str, Any]:
     """
     try:
         record = run.record
-        measurements = _results(run).get("measurements", [])
+        results = _results(run)
     except RunError as error:
         return {"run": str(run.path), "status": "unreadable", "problem": error.message}
     status = record.get("status", "unknown")
-    tuned = [m for m in measurements if m.get("arm") == TUNED]
+    tuned = [m for m in results.get("measurements", ()) if m.get("arm") == TUNED]
+    rivals = [c for c in results.get("comparisons", ()) if c.get("b") == TUNED]
     return {
         "run": str(run.path),
         "name": record.get("name"),
@@ -31,6 +34,7 @@ def summarize(run: Run) -> dict[str, Any]:
         "created": record.get("created"),
         "verdict": record.get("verdict"),
         "problem": record.get("error") if status != "done" else None,
+        "outcome": min(rivals, key=lambda c: c["difference"])["verdict"] if rivals else None,
         "tuned": tuned[0] if tuned else None,
         "seconds": round(sum(record.get("seconds", {}).values()), 3),
     }
