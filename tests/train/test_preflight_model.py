@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from postgrad.config import DataConfig, LoraConfig, ModelConfig, Recipe, TrainConfig
 from postgrad.data.render import Renderer
+from postgrad.model.attention import NAME, training_attention
 from postgrad.model.lora import add_lora
 from postgrad.train.memory import available_bytes, peak_memory, used_bytes
 from postgrad.train.preflight import failed, may_pack, preflight, refuse
@@ -102,6 +103,26 @@ def test_a_sound_model_passes_and_is_left_as_it_was(model, renderings):
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
     for check in found.values():
         assert check.detail
+
+
+def test_the_reference_shares_no_attention_with_training(model, renderings):
+    seen = []
+    model.register_forward_pre_hook(lambda m, _: seen.append(m.config._attn_implementation))
+    with training_attention(model):
+        assert failing(run(model, renderings)) == []
+        assert model.config._attn_implementation == NAME
+    assert seen == ["sdpa"] * 4
+
+
+@pytest.mark.parametrize("autocast", [False])
+def test_full_tuning_passes_with_and_without_autocast(tiny_model_dir, renderings, autocast):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    precision = torch.bfloat16 if autocast else torch.float32
+    objective = SupervisedFineTuning(autocast=autocast)
+    found = run(model, renderings[:1], objective, precision)
+    assert failing(found) == []
+    assert found["loss-matches-reference"].data["gradient_difference"] > 0
+    assert found["accumulation-invariance"].data["gradient_norm"] > 0
 
 
 def test_the_probe_takes_the_end_of_long_rows_where_the_answer_is(renderer, renderings):

@@ -17,7 +17,7 @@ from torch.nn import functional
 from postgrad.config import TrainConfig
 from postgrad.data.batches import micro_batches
 from postgrad.data.render import Rendering
-from postgrad.model.attention import BUCKET_LIMIT, training_attention
+from postgrad.model.attention import BUCKET_LIMIT, NAME, training_attention
 from postgrad.train.objective import Objective
 from postgrad.train.optimizer import trainable
 from postgrad.train.preflight.memory import fits_in_memory
@@ -291,7 +291,8 @@ def loss_matches_reference(
     The reference shares nothing with the training path: Transformers' own attention, one row at a
     time, all logits in float32, labels shifted here.
     """
-    reference = measure(model, (_reference_loss(model, row) for row in rows), rows)
+    with _transformers_attention(model):
+        reference = measure(model, (_reference_loss(model, row) for row in rows), rows)
     return _compare(
         "loss-matches-reference",
         ours,
@@ -330,6 +331,16 @@ def _objective_losses(
     tokens = capacity or len(rows) * max(map(len, rows))
     for batch in micro_batches(rows, tokens, packed):
         yield objective(model, batch).total
+
+
+@contextmanager
+def _transformers_attention(model: Any) -> Iterator[None]:
+    before = model.config._attn_implementation
+    model.set_attn_implementation("sdpa" if before == NAME else before)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def _reference_loss(model: Any, row: Tokens) -> Tensor:
