@@ -313,7 +313,7 @@ def _last_number(text: str) -> _Number | None:
     else:
         value = Decimal(match["whole"] or 0) + Decimal(match["top"]) / Decimal(match["bottom"])
     if (match["sign"] or "").startswith("-"):
-        value = -value
+        value = value.copy_negate()  # unary minus would round to the context
     return _Number(value, match["percent"] is not None, match[0].strip())
 
 

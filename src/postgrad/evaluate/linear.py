@@ -17,8 +17,8 @@ from postgrad.evaluate.statistics import wilson
 
 ARM = "linear-svm"
 """Name of the floor beside `base/...` and `tuned`."""
-WORK = 120_000_000
-"""Characters times labels trained on at most: about 20 seconds on one core."""
+WORK = 80_000_000
+"""Characters times labels trained on at most: 10 to 20 seconds on one core."""
 
 
 @dataclass(frozen=True, slots=True)
