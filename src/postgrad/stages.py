@@ -5,7 +5,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ class Options:
     """Go on with the run of an equal recipe."""
     dry_run: bool = False
     """Print the plan and stop."""
-    show: Display = SilentDisplay()
+    show: Display = field(default_factory=SilentDisplay)
     """Where progress goes."""
 
 

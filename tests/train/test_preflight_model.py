@@ -114,7 +114,7 @@ def test_the_reference_shares_no_attention_with_training(model, renderings):
     assert seen == ["sdpa"] * 4
 
 
-@pytest.mark.parametrize("autocast", [False])
+@pytest.mark.parametrize("autocast", [False, True])
 def test_full_tuning_passes_with_and_without_autocast(tiny_model_dir, renderings, autocast):
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     precision = torch.bfloat16 if autocast else torch.float32

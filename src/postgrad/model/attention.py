@@ -52,8 +52,10 @@ class Layout:
     """(start, end) of the documents that go through the flash kernel."""
 
 
-def make_layout(lengths: Sequence[int], bucket_limit: int = BUCKET_LIMIT) -> Layout:
-    """Group consecutive documents; the packer orders them by length so that groups are tight."""
+def make_layout(
+    lengths: Sequence[int], bucket_limit: int = BUCKET_LIMIT, device: torch.device | None = None
+) -> Layout:
+    """Group documents of similar length into buckets, longer than `bucket_limit` left out."""
     starts = [0]
     for length in lengths:
         starts.append(starts[-1] + length)
@@ -70,22 +72,24 @@ def make_layout(lengths: Sequence[int], bucket_limit: int = BUCKET_LIMIT) -> Lay
         longest = lengths[group[0]] if group else 0
         full = (len(group) + 1) * longest > BUCKET_TOKENS
         if group and (full or lengths[number] < BUCKET_RATIO * longest - 8):
-            buckets.append(_bucket(group, starts, lengths))
+            buckets.append(_bucket(group, starts, lengths, device))
             group = []
         group.append(number)
     if group:
-        buckets.append(_bucket(group, starts, lengths))
+        buckets.append(_bucket(group, starts, lengths, device))
     return Layout(tuple(lengths), tuple(buckets), tuple(long))
 
 
-def _bucket(group: list[int], starts: list[int], lengths: Sequence[int]) -> Bucket:
+def _bucket(
+    group: list[int], starts: list[int], lengths: Sequence[int], device: torch.device | None
+) -> Bucket:
     longest = lengths[group[0]]
     begin = torch.tensor([starts[n] for n in group]).unsqueeze(1)
     size = torch.tensor([lengths[n] for n in group]).unsqueeze(1)
     offset = torch.arange(longest).unsqueeze(0)
     real = offset < size
-    index = torch.where(real, begin + offset, begin).reshape(-1)
-    flat_real = None if bool(real.all()) else real.reshape(-1)
+    index = torch.where(real, begin + offset, begin).reshape(-1).to(device)
+    flat_real = None if bool(real.all()) else real.reshape(-1).to(device)
     return Bucket(index, flat_real, len(group), longest)
 
 
@@ -197,9 +201,11 @@ def packed_attention(
     on the right, so that no mask is needed).
     """
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if layout is None:
-        out = _causal(query, key, value, scale, sliding_window)
-        return out.transpose(1, 2), None
+        return _causal(query, key, value, scale, sliding_window).transpose(1, 2), None
     longest = max(layout.lengths)
     if sliding_window is not None and longest > sliding_window:
         return _per_document(query, key, value, layout, scale, sliding_window), None

@@ -1,5 +1,7 @@
-"""The only training loop. A method is an objective; LoRA and full tuning differ only in which
-parameters require gradients; resuming differs only in where it starts.
+"""The only training loop.
+
+A method is an objective; LoRA and full tuning differ only in which parameters require gradients;
+resuming differs only in where the loop starts.
 """
 
 import signal
@@ -141,6 +143,12 @@ def _optimize(
         group["lr"] = rate
     parameters = list(trainable(model).values())
     weight = sum(batch.supervised for batch in micro)
+    if weight == 0:
+        names = ", ".join(name for batch in micro for name in batch.example_ids[:20])
+        raise TrainingError(
+            f"no token of this step is supervised (examples {names})",
+            "give these rows an answer with a weight, or leave them out",
+        )
     model.train()
     total = 0.0
     for batch in micro[world.rank :: world.size]:
@@ -182,7 +190,7 @@ def _not_finite(
         f"the {kind} is not finite at example{'s' if len(rows) > 1 else ''} "
         + ", ".join(rows[:20])
         + (f" and {len(rows) - 20} more" if len(rows) > 20 else ""),
-        "look at these rows (ids as in data/kept.jsonl); lower train.learning_rate if they are fine",
+        "look at these rows (data/kept.jsonl); lower train.learning_rate if they are fine",
     )
 
 

@@ -6,7 +6,7 @@ from postgrad.types import Batch, LossSum
 
 
 class Objective(Protocol):
-    """A training method: SFT now; others differ only in this function or in where batches come from."""
+    """A training method: others differ only in this function or in where batches come from."""
 
     def __call__(self, model: Any, batch: Batch, per_document: bool = False) -> LossSum:
         """Return the *sum* of weighted losses of `batch` and the sum of weights, never a mean."""

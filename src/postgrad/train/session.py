@@ -1,4 +1,4 @@
-"""A recipe, its rows and its model brought together: what training, doctor and the dry run share."""
+"""A recipe, its rows and its model together: what training, doctor and the dry run share."""
 
 import time
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ from postgrad.model import lora
 from postgrad.model.attention import training_attention
 from postgrad.model.load import Loaded, device, load
 from postgrad.train.held_out import Validation
+from postgrad.train.memory import available_bytes
 from postgrad.train.plan import activation_bytes_per_token, auto_eval_steps, resolve_train
 from postgrad.train.preflight import preflight
-from postgrad.train.memory import available_bytes
 from postgrad.train.sft import SupervisedFineTuning
 from postgrad.train.stream import Stream
 from postgrad.types import Check, Dropped, Split, Tokens

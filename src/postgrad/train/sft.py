@@ -114,5 +114,5 @@ def model_inputs(batch: Batch, device: Any) -> dict[str, Any]:
         "use_cache": False,
     }
     if batch.packed:
-        inputs["layout"] = make_layout(batch.lengths)
+        inputs["layout"] = make_layout(batch.lengths, device=device)
     return inputs

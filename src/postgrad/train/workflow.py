@@ -29,7 +29,6 @@ from postgrad.train.session import Session
 from postgrad.train.sft import model_inputs
 from postgrad.train.stopping import observe
 
-
 RESTORE_TOLERANCE = 1e-6
 """Largest relative difference between a recorded held-out loss and the restored model's; zero on a
 CPU, where sums are made in the same order."""
