@@ -11,9 +11,10 @@ compute the same function and are tested against `reference`:
 Registered in Transformers' `AttentionInterface`, so that any hub model uses it unchanged.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 
 NAME = "postgrad"
-BUCKET_LIMIT = 320
+BUCKET_LIMIT = 384
 """Documents up to this many tokens are bucketed, longer ones go to the flash kernel."""
 BUCKET_RATIO = 0.8
 """Shortest document of a bucket, as a share of its longest."""
@@ -32,14 +33,37 @@ BUCKET_TOKENS = 2048
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Documents of similar length: rows [n, length] of token indices, padded with `pad`."""
+    """Documents of similar length as a rectangle [count, length] of token indices."""
 
     index: Tensor
-    """[n * length] positions in the packed row; padding points at the row's first token."""
-    real: Tensor | None
-    """[n * length] True where not padding; None when nothing is padded."""
-    count: int
-    length: int
+    """[count, length] positions in the packed row; `tokens` (one past the end) where padded."""
+    tokens: int
+    """Tokens of the whole packed row."""
+    padded: bool
+    rows: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """Cache of `head_rows`."""
+
+    @property
+    def count(self) -> int:
+        """Number of documents."""
+        return self.index.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest document."""
+        return self.index.shape[1]
+
+    def head_rows(self, heads: int, group: int) -> Tensor:
+        """Return where each row of [count * heads / group, group * length, D] is in [T * heads, D].
+
+        `group` query heads share a key head and are stacked along the query axis. Padding points
+        one token past the end.
+        """
+        if (heads, group) not in self.rows:
+            head = torch.arange(heads, device=self.index.device).view(1, -1, group, 1)
+            rows = self.index.view(self.count, 1, 1, self.length) * heads + head
+            self.rows[heads, group] = rows.reshape(-1)
+        return self.rows[heads, group]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,99 +112,89 @@ def _bucket(
     size = torch.tensor([lengths[n] for n in group]).unsqueeze(1)
     offset = torch.arange(longest).unsqueeze(0)
     real = offset < size
-    index = torch.where(real, begin + offset, begin).reshape(-1).to(device)
-    flat_real = None if bool(real.all()) else real.reshape(-1).to(device)
-    return Bucket(index, flat_real, len(group), longest)
-
-
-def _causal_bias(length: int, repeat: int, like: Tensor) -> Tensor:
-    mask = torch.full((length, length), float("-inf"), dtype=like.dtype, device=like.device)
-    return mask.triu_(1).repeat(repeat, 1)
+    index = torch.where(real, begin + offset, starts[-1]).to(device)
+    return Bucket(index, starts[-1], not bool(real.all()))
 
 
 class _BucketAttention(torch.autograd.Function):
     """softmax(q kᵀ s) v for every bucket, with the gradient written out.
 
     q [T, H, D], k and v [T, K, D], H a multiple of K: the H / K query heads that share a key head
-    are stacked along the query axis, so grouped-query attention needs no repeated keys.
+    are stacked along the query axis, so grouped-query attention needs no repeated keys. Padding
+    stands behind every document, so the causal mask hides it from real queries; the probabilities
+    of padded queries are set to zero, so that they add nothing to any gradient.
     """
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, buckets: tuple[Bucket, ...], scale: float
     ) -> Tensor:
-        out = _blank(q, buckets)
-        heads, kv_heads, width = q.shape[1], k.shape[1], q.shape[2]
-        group = heads // kv_heads
+        tokens, group = len(q), q.shape[1] // k.shape[1]
+        q, k, v = _with_padding_row(q), _with_padding_row(k), _with_padding_row(v)
+        out = _room(q, buckets)
         probabilities = []
         for bucket in buckets:
-            qb = _gather_queries(q, bucket, kv_heads, group)
-            kb = _gather(k, bucket)
-            vb = _gather(v, bucket)
-            scores = torch.baddbmm(
-                _causal_bias(bucket.length, group, q), qb, kb.transpose(1, 2), alpha=scale
-            )
-            p = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+            qb, kb, vb = _gather(q, bucket, group), _gather(k, bucket, 1), _gather(v, bucket, 1)
+            bias = _causal_bias(bucket.length, group, q.dtype, q.device)
+            p = torch.softmax(torch.baddbmm(bias, qb, kb.transpose(1, 2), alpha=scale), dim=-1)
+            if bucket.padded:
+                real = (bucket.index < tokens).view(bucket.count, 1, 1, bucket.length, 1)
+                p.view(bucket.count, -1, group, bucket.length, bucket.length).mul_(real)
             probabilities.append(p)
-            ob = torch.bmm(p, vb).view(bucket.count, kv_heads, group, bucket.length, width)
-            _scatter(out, ob.permute(0, 3, 1, 2, 4).reshape(-1, heads, width), bucket)
-        ctx.save_for_backward(q, k, v, out, *probabilities)
+            _scatter(out, torch.bmm(p, vb), bucket, group)
+        ctx.save_for_backward(q, k, v, *probabilities)
         ctx.buckets, ctx.scale = buckets, scale
-        return out
+        return out[:tokens]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, *probabilities = ctx.saved_tensors
-        dq, dk, dv = (_blank(x, ctx.buckets) for x in (q, k, v))
-        heads, kv_heads, width = q.shape[1], k.shape[1], q.shape[2]
-        group = heads // kv_heads
-        row_sum = (grad.float() * out.float()).sum(-1, keepdim=True)
+        q, k, v, *probabilities = ctx.saved_tensors
+        tokens, group, scale = len(grad), q.shape[1] // k.shape[1], ctx.scale
+        dq, dk, dv = (_room(x, ctx.buckets) for x in (q, k, v))
+        grad = _with_padding_row(grad)
         for bucket, p in zip(ctx.buckets, probabilities, strict=True):
-            go = _gather_queries(grad, bucket, kv_heads, group, zero_padding=True)
-            delta = _gather_queries(row_sum, bucket, kv_heads, group, zero_padding=True)
-            qb = _gather_queries(q, bucket, kv_heads, group)
-            kb, vb = _gather(k, bucket), _gather(v, bucket)
-            dvb = torch.bmm(p.transpose(1, 2), go)
-            ds = torch.bmm(go, vb.transpose(1, 2)).float().sub_(delta).mul_(p).mul_(ctx.scale)
-            ds = ds.to(q.dtype)
-            dqb = torch.bmm(ds, kb).view(bucket.count, kv_heads, group, bucket.length, width)
-            dkb = torch.bmm(ds.transpose(1, 2), qb)
-            _scatter(dq, dqb.permute(0, 3, 1, 2, 4).reshape(-1, heads, width), bucket)
-            for target, part in ((dk, dkb), (dv, dvb)):
-                part = part.view(bucket.count, kv_heads, bucket.length, width)
-                _scatter(target, part.transpose(1, 2).reshape(-1, kv_heads, width), bucket)
-        return dq, dk, dv, None, None
+            go, qb = _gather(grad, bucket, group), _gather(q, bucket, group)
+            kb, vb = _gather(k, bucket, 1), _gather(v, bucket, 1)
+            _scatter(dv, torch.bmm(p.transpose(1, 2), go), bucket, 1)
+            dp = torch.bmm(go, vb.transpose(1, 2))
+            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
+            _scatter(dq, torch.bmm(ds, kb).mul_(scale), bucket, group)
+            _scatter(dk, torch.bmm(ds.transpose(1, 2), qb).mul_(scale), bucket, 1)
+        return dq[:tokens], dk[:tokens], dv[:tokens], None, None
 
 
-def _blank(like: Tensor, buckets: tuple[Bucket, ...]) -> Tensor:
-    """Room for a result: zeros where no bucket will write."""
-    covered = sum(len(b.index) if b.real is None else int(b.real.sum()) for b in buckets)
-    return torch.empty_like(like) if covered == len(like) else torch.zeros_like(like)
+def _with_padding_row(x: Tensor) -> Tensor:
+    """[T, H, D] -> [T + 1, H, D], contiguous, the last token zero: what padding reads."""
+    padded = x.new_empty(len(x) + 1, *x.shape[1:])
+    padded[:-1] = x
+    padded[-1] = 0
+    return padded
 
 
-def _gather(x: Tensor, bucket: Bucket) -> Tensor:
-    """[T, K, D] -> [n * K, L, D]."""
-    rows = x.index_select(0, bucket.index).view(bucket.count, bucket.length, *x.shape[1:])
-    return rows.transpose(1, 2).reshape(-1, bucket.length, x.shape[2])
+def _room(like: Tensor, buckets: tuple[Bucket, ...]) -> Tensor:
+    """Room for a result: zeros where no bucket will write (documents left to the flash kernel)."""
+    covered = sum(bucket.index.numel() for bucket in buckets if not bucket.padded)
+    return torch.empty_like(like) if covered == len(like) - 1 else torch.zeros_like(like)
 
 
-def _gather_queries(
-    x: Tensor, bucket: Bucket, kv_heads: int, group: int, zero_padding: bool = False
-) -> Tensor:
-    """[T, H, D] -> [n * K, G * L, D]: query heads that share a key head are stacked."""
-    rows = x.index_select(0, bucket.index)
-    if zero_padding and bucket.real is not None:
-        rows = rows * bucket.real.view(-1, 1, 1)
-    rows = rows.view(bucket.count, bucket.length, kv_heads, group, x.shape[2])
-    return rows.permute(0, 2, 3, 1, 4).reshape(-1, group * bucket.length, x.shape[2])
+def _gather(x: Tensor, bucket: Bucket, group: int) -> Tensor:
+    """[T + 1, heads, D] -> [count * heads / group, group * length, D]."""
+    heads, width = x.shape[1], x.shape[2]
+    rows = x.view(-1, width).index_select(0, bucket.head_rows(heads, group))
+    return rows.view(-1, group * bucket.length, width)
 
 
-def _scatter(target: Tensor, rows: Tensor, bucket: Bucket) -> None:
-    """Write rows [n * L, heads, D] back to the packed row, padding left out."""
-    if bucket.real is None:
-        target.index_copy_(0, bucket.index, rows)
-    else:
-        target.index_copy_(0, bucket.index[bucket.real], rows[bucket.real])
+def _scatter(target: Tensor, rows: Tensor, bucket: Bucket, group: int) -> None:
+    """Write rows [count * heads / group, group * length, D] back; padding goes past the end."""
+    heads, width = target.shape[1], target.shape[2]
+    target.view(-1, width).index_copy_(0, bucket.head_rows(heads, group), rows.view(-1, width))
+
+
+@functools.lru_cache(maxsize=512)
+def _causal_bias(length: int, repeat: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[repeat * length, length] zero on and below the diagonal, minus infinity above."""
+    mask = torch.full((length, length), float("-inf"), dtype=dtype, device=device)
+    return mask.triu_(1).repeat(repeat, 1)
 
 
 def packed_attention(
