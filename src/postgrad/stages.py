@@ -4,7 +4,7 @@ import contextlib
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,14 @@ class Options:
     """Where progress goes."""
 
 
-def run(recipe: Recipe, options: Options) -> dict[str, Any]:
+def run(
+    recipe: Recipe, options: Options, facts: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Data, pre-flight, training, evaluation, report: the whole job in one run directory."""
     if options.dry_run:
         return plan(recipe, options)
     with _open(recipe, "run", options) as run:
+        run.update(**(facts or {}))
         dataset = _data(run, options)
         _train(run, dataset, options)
         _evaluate(run, dataset, options)
@@ -78,9 +81,8 @@ def demo(minutes: float, options: Options) -> dict[str, Any]:
     from postgrad.demo.recipe import demo_recipe
 
     options.show.note(ATTRIBUTION)
-    recipe = demo_recipe(minutes)
-    result = run(recipe, options)
-    return {**result, "attribution": ATTRIBUTION}
+    facts = {"minutes": minutes, "attribution": ATTRIBUTION}
+    return {**run(demo_recipe(minutes), options, {"demo": facts}), "demo": facts}
 
 
 def plan(recipe: Recipe, options: Options) -> dict[str, Any]:
