@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -22,6 +23,35 @@ from postgrad.errors import ModelError
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
+_NOTHING: tuple[Any, ...] = (None, False, [], {})
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+    **dict.fromkeys(
+        (
+            "use_dora",
+            "use_qalora",
+            "use_bdlora",
+            "lora_bias",
+            "fan_in_fan_out",
+            "modules_to_save",
+            "rank_pattern",
+            "alpha_pattern",
+            "alora_invocation_tokens",
+            "trainable_token_indices",
+            "target_parameters",
+            "layer_replication",
+            "arrow_config",
+            "kasa_config",
+            "monteclora_config",
+            "velora_config",
+        ),
+        _NOTHING,
+    ),
+}
+"""Settings of PEFT that change what is computed, and their values in plain LoRA. Which layers have
+an adapter is read from the weights, so that every way of choosing them is understood."""
 
 
 class _LoraFunction(torch.autograd.Function):
@@ -37,7 +67,7 @@ class _LoraFunction(torch.autograd.Function):
         y = functional.linear(flat, weight, bias)
         y.addmm_(low, b_cast.t())
         ctx.save_for_backward(flat, low, weight, a_cast, b_cast)
-        ctx.scale, ctx.shape = scale, x.shape
+        ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, a.dtype
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -45,8 +75,8 @@ class _LoraFunction(torch.autograd.Function):
         flat, low, weight, a, b = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
         grad_low = grad @ b
-        grad_b = (grad.t() @ low).float().mul_(ctx.scale)
-        grad_a = (grad_low.t() @ flat).float()
+        grad_b = (grad.t() @ low).to(ctx.dtype).mul_(ctx.scale)
+        grad_a = (grad_low.t() @ flat).to(ctx.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ weight).addmm_(grad_low, a).view(ctx.shape)
@@ -194,27 +224,21 @@ def read_adapter_config(directory: Path) -> LoraConfig:
         raise ModelError(
             f"{directory}: no readable {CONFIG} ({error})", "give a PEFT folder"
         ) from None
-    unsupported = {
-        "peft_type": settings.get("peft_type") != "LORA",
-        "use_dora": bool(settings.get("use_dora")),
-        "bias": settings.get("bias", "none") != "none",
-        "modules_to_save": bool(settings.get("modules_to_save")),
-        "rank_pattern": bool(settings.get("rank_pattern")),
-        "alpha_pattern": bool(settings.get("alpha_pattern")),
-        "fan_in_fan_out": bool(settings.get("fan_in_fan_out")),
-    }
-    bad = [name for name, wrong in unsupported.items() if wrong]
+    bad = [name for name, usual in _PLAIN.items() if settings.get(name, usual[0]) not in usual]
     if bad:
         raise ModelError(
             f"{directory}: the adapter uses {', '.join(bad)}", "only plain LoRA and rsLoRA are read"
         )
-    targets = settings["target_modules"]
+    if not (directory / WEIGHTS).exists():
+        raise ModelError(f"{directory} has no {WEIGHTS}", "save it again with a current PEFT")
+    with safe_open(directory / WEIGHTS, "pt") as weights:
+        names = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in weights.keys()}  # noqa: SIM118
     return LoraConfig(
-        r=settings["r"],
-        lora_alpha=settings["lora_alpha"],
+        r=settings.get("r", 8),
+        lora_alpha=settings.get("lora_alpha", 8),
         lora_dropout=settings.get("lora_dropout", 0.0),
         use_rslora=settings.get("use_rslora", False),
-        target_modules=targets if targets == "all-linear" else tuple(sorted(targets)),
+        target_modules=tuple(sorted(names)),
     )
 
 
@@ -224,11 +248,7 @@ def load_adapter_weights(model: Any, directory: Path) -> None:
     layers = lora_layers(model)
     wanted = {f"{PREFIX}{name}.lora_{part}.weight" for name in layers for part in "AB"}
     if set(state) != wanted:
-        odd = sorted(set(state) ^ wanted)
-        raise ModelError(
-            f"{directory}: the adapter does not fit this model ({len(odd)} names differ: {odd[0]})",
-            "use the base model and target_modules it was trained with",
-        )
+        raise _misfit(directory, sorted(set(state) ^ wanted))
     with torch.no_grad():
         for name, layer in layers.items():
             for part, target in (("A", layer.lora_A), ("B", layer.lora_B)):
@@ -242,9 +262,21 @@ def load_adapter_weights(model: Any, directory: Path) -> None:
                 target.copy_(source)
 
 
+def _misfit(directory: Path, names: list[str]) -> ModelError:
+    return ModelError(
+        f"{directory}: the adapter does not fit this model "
+        f"({len(names)} names differ, the first: {names[0]})",
+        "use the base model and target_modules it was trained with",
+    )
+
+
 def attach_adapter(model: Any, directory: Path) -> LoraConfig:
     """Wrap a plain model with a PEFT adapter made here or elsewhere; returns its settings."""
     config = read_adapter_config(directory)
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    odd = sorted(set(config.target_modules) - linear)
+    if odd:
+        raise _misfit(directory, odd)
     add_lora(model, config, seed=0)
     load_adapter_weights(model, directory)
     return config
