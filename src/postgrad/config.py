@@ -200,8 +200,10 @@ class TrainConfig(Section):
     """Recompute activations in the backward pass: less memory, about a third slower."""
     eval_steps: PositiveInt | Auto = "auto"
     """Optimizer steps between two held-out losses. auto = ten evaluations in the whole run."""
-    eval_rows: PositiveInt | None = 2000
-    """Validation rows used for the held-out loss (a seeded sample); null = all."""
+    eval_rows: PositiveInt | Auto | None = "auto"
+    """Validation rows used for the held-out loss (a seeded sample); null = all. auto = a twentieth
+    of the rows trained on in the whole run, at least 200 and at most 2,000, so that ten evaluations
+    take about a sixth of the training time."""
     early_stopping: EarlyStoppingConfig | None = EarlyStoppingConfig()
     """When to stop early; null = train to the end. The best weights are restored either way."""
     save_total_limit: Annotated[int, Field(ge=2)] = 2

@@ -63,6 +63,15 @@ def resolve_train(
     )
 
 
+def auto_eval_rows(training_rows: int, epochs: float) -> int:
+    """Return how many validation rows keep the evaluations at about a sixth of the training time.
+
+    >>> auto_eval_rows(3000, 2)
+    300
+    """
+    return min(2000, max(200, round(training_rows * epochs / 20)))
+
+
 def auto_eval_steps(steps: int) -> int:
     """Return the interval that gives ten evaluations in a run of `steps`.
 

@@ -19,7 +19,12 @@ from postgrad.model.attention import training_attention
 from postgrad.model.load import Loaded, device, load
 from postgrad.train.held_out import Validation
 from postgrad.train.memory import available_bytes
-from postgrad.train.plan import activation_bytes_per_token, auto_eval_steps, resolve_train
+from postgrad.train.plan import (
+    activation_bytes_per_token,
+    auto_eval_rows,
+    auto_eval_steps,
+    resolve_train,
+)
 from postgrad.train.preflight import preflight
 from postgrad.train.sft import SupervisedFineTuning
 from postgrad.train.stream import Stream
@@ -97,6 +102,7 @@ def open_session(recipe: Recipe, dataset: Dataset) -> Session:
     brings its own numbers.
     """
     torch.manual_seed(recipe.seed)
+    recipe = _with_eval_rows(recipe, len(dataset.of(Split.TRAIN)))
     loaded = load(recipe.model)
     eos = loaded.model.generation_config.eos_token_id
     eos_ids = [eos] if isinstance(eos, int) else list(eos or [])
@@ -132,11 +138,19 @@ def _rows(
                 f"raise data.max_length (now {recipe.data.max_length}) or correct the rows",
             )
         if split is Split.VALIDATION and recipe.train.eval_rows is not None:
+            assert recipe.train.eval_rows != "auto"
             tokens = _sample(tokens, recipe.train.eval_rows, recipe.seed)
         found += rendered
         rows.append(tokens)
         dropped += lost
     return tuple(found), tuple(rows), tuple(dropped)
+
+
+def _with_eval_rows(recipe: Recipe, training_rows: int) -> Recipe:
+    if recipe.train.eval_rows != "auto":
+        return recipe
+    rows = auto_eval_rows(training_rows, recipe.train.num_train_epochs)
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"eval_rows": rows})})
 
 
 def _first(lost: Sequence[Dropped]) -> str:
