@@ -23,7 +23,7 @@ MEMBERS = {
 }
 METADATA = {
     "tiny_data-1.0.dist-info/METADATA": b"Metadata-Version: 2.1\nName: tiny-data\nVersion: 1.0\n",
-    "tiny_data-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    "tiny_data-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nTag: py3-none-any\n",
     "tiny_data-1.0.dist-info/RECORD": b"",
 }
 URI = "pypi:tiny-data==1.0/tiny_data/rows.jsonl"
@@ -222,17 +222,15 @@ def test_two_processes_at_once_fetch_once(wheel):
     assert sum(err.count("fetching") for _, err in outputs) == 1
 
 
+REPOSITORIES = {
+    "models/org/tiny": {"config.json": b"{}", "model.safetensors": b"W", "pytorch_model.bin": b"P"},
+    "models/org/pickled": {"config.json": b"{}", "pytorch_model.bin": b"P"},
+}
+
+
 class Hub(http.server.BaseHTTPRequestHandler):
     """The part of the hub's HTTP interface that downloads need."""
 
-    repositories = {
-        "models/org/tiny": {
-            "config.json": b"{}",
-            "model.safetensors": b"W",
-            "pytorch_model.bin": b"P",
-        },
-        "models/org/pickled": {"config.json": b"{}", "pytorch_model.bin": b"P"},
-    }
     commit = "c" * 40
 
     def do_HEAD(self):
@@ -244,7 +242,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def answer(self):
         parts = self.path.split("?")[0].strip("/").split("/")
         if parts[0] == "api":
-            files = self.repositories.get("/".join(parts[1:4]))
+            files = REPOSITORIES.get("/".join(parts[1:4]))
             info = {
                 "id": "/".join(parts[2:4]),
                 "sha": self.commit,
@@ -256,7 +254,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             ]
             body = json.dumps(tree if "tree" in parts else info).encode()
         else:
-            files = self.repositories.get("models/" + "/".join(parts[:2]))
+            files = REPOSITORIES.get("models/" + "/".join(parts[:2]))
             body = (files or {}).get(parts[-1], b"")
         self.send_response(200 if files else 404)
         if not files:
@@ -317,5 +315,8 @@ def test_hub_data_sets_say_what_to_do_when_offline(tmp_path):
 
 
 def test_importing_sources_loads_nothing_heavy():
-    code = "import sys, postgrad.sources; print({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules))"
+    code = (
+        "import sys, postgrad.sources;"
+        "print({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules))"
+    )
     assert run_python(code).communicate()[0].strip() == "set()"
