@@ -17,7 +17,7 @@ from postgrad.sources import cache_directory, resolve
 
 PACKAGE = (
     "pypi:licensedcode-data==32.1.0#wheel="
-    "18f60bde6dbabbc0a925d45ed80089cdbb7168156a2a1c118738198f9b743b96"
+    "18f60bde6dbabbc0a925d45ed80089cdbb7168156a2a1c118737198f9b743b96"
 )
 ATTRIBUTION = (
     "Licence notices: ScanCode licence rules, licensedcode-data 32.1.0, "
