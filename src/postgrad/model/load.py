@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from postgrad.config import ModelConfig
@@ -67,10 +68,10 @@ def load_tokenizer(directory: Path, chat_template: str | None = None) -> Any:
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # the Rust tokenizers raise nothing more specific
         raise ModelError(
             f"{directory}: the tokenizer does not load: {error}", "check its files"
-        ) from None
+        ) from error
     if chat_template is not None:
         path = Path(chat_template)
         is_file = "\n" not in chat_template and "{" not in chat_template
@@ -95,7 +96,7 @@ def load_model(directory: Path, dtype: torch.dtype) -> Any:
             model, info = AutoModelForCausalLM.from_pretrained(
                 directory, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(
             f"{directory}: the model does not load: {first}", "check its files"
