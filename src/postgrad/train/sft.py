@@ -26,11 +26,13 @@ class _FusedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, w: Tensor
     ) -> tuple[Tensor, Tensor]:
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        of_hidden, of_weight, of_bias, *_ = ctx.needs_input_grad
+        needs_grad = of_hidden or of_weight or of_bias
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = (
-            torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        )
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
+        grad_bias = None
+        if bias is not None and of_bias:
+            grad_bias = torch.zeros_like(bias, dtype=torch.float32)
         matrix = weight.to(hidden.dtype)
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), CHUNK):
@@ -43,21 +45,23 @@ class _FusedCrossEntropy(torch.autograd.Function):
                 continue
             probabilities = logits.sub_(log_sum).exp_()
             probabilities.scatter_add_(1, y.unsqueeze(1), torch.full_like(log_sum, -1.0))
-            delta = probabilities.mul_(w[part].unsqueeze(1)).to(hidden.dtype)
+            probabilities.mul_(w[part].unsqueeze(1))
+            if grad_bias is not None:
+                grad_bias += probabilities.sum(0)
+            delta = probabilities.to(hidden.dtype)
             grad_hidden[part] = delta @ matrix
             if grad_weight is not None:
                 grad_weight += (delta.t() @ h).float()
-        ctx.save_for_backward(*(g for g in (grad_hidden, grad_weight) if g is not None))
-        ctx.weight_dtype = weight.dtype
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtype = weight.dtype
         ctx.mark_non_differentiable(losses)
         return (losses * w).sum(dtype=torch.float64), losses
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        scale = grad.to(torch.float32)
-        grad_weight = (saved[1] * scale).to(ctx.weight_dtype) if len(saved) > 1 else None
-        return (saved[0] * scale.to(saved[0].dtype)), grad_weight, None, None, None
+        of_hidden, *of_head = ctx.saved_tensors
+        head = [None if g is None else (g * grad.to(g.dtype)).to(ctx.dtype) for g in of_head]
+        return of_hidden * grad.to(of_hidden.dtype), *head, None, None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,232 @@
+"""The fused loss is the plain cross-entropy, values and gradients, on any batch."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
+
+from postgrad.config import LoraConfig
+from postgrad.data.batches import micro_batches
+from postgrad.model import lora
+from postgrad.model.attention import training_attention
+from postgrad.train import sft
+from postgrad.train.optimizer import trainable
+from postgrad.train.sft import SupervisedFineTuning
+from postgrad.types import Tokens
+from training import load_model, make_rows
+
+WEIGHTS = (1.0, 0.25, 3.0, 0.0)
+"""Per-message weights; every fourth row is context only."""
+
+
+def gradients(model, total):
+    """Gradients of a loss sum, by name; those are removed from the model."""
+    model.zero_grad()
+    total.backward()
+    found = {name: p.grad.float().clone() for name, p in trainable(model).items()}
+    model.zero_grad()
+    return found
+
+
+def value(total):
+    return float(total.detach())
+
+
+def plain(model, rows):
+    """The definition, a document at a time: loss sums [rows] that carry a graph."""
+    sums = []
+    for row in rows:
+        ids = torch.from_numpy(row.ids)
+        logits = model(ids[None]).logits[0].float()
+        losses = functional.cross_entropy(logits[:-1], ids[1:], reduction="none")
+        sums.append((losses * torch.from_numpy(row.weights[1:])).sum())
+    return torch.stack(sums)
+
+
+def ours(model, rows, packed=True, capacity=10_000, objective=None, per_document=False):
+    objective = objective or SupervisedFineTuning()
+    with training_attention(model):
+        return [
+            (batch, objective(model, batch, per_document=per_document))
+            for batch in micro_batches(rows, capacity, packed)
+        ]
+
+
+def close(found, wanted, tolerance):
+    """Norm of the difference of two sets of gradients, as a share of the norm."""
+    assert found.keys() == wanted.keys()
+    norm = sum(float(w.double().square().sum()) for w in wanted.values()) ** 0.5
+    apart = sum(float((found[n] - w).double().square().sum()) for n, w in wanted.items()) ** 0.5
+    assert norm > 0
+    assert apart <= tolerance * norm, apart / norm
+    for name, value in wanted.items():
+        limit = 10 * tolerance * float(value.norm()) + tolerance * norm
+        assert float((found[name] - value).norm()) <= limit, name
+
+
+def untied():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+        initializer_range=0.1,
+    )
+    return LlamaForCausalLM(config)
+
+
+def biased_head():
+    torch.manual_seed(0)
+    config = PhiConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.1,
+        resid_pdrop=0.0,
+    )
+    model = PhiForCausalLM(config)
+    torch.nn.init.normal_(model.lm_head.bias)
+    return model
+
+
+@pytest.fixture(params=["lora", "tied", "untied", "biased-head"])
+def model(request, tiny_model_dir):
+    if request.param == "lora":
+        made = load_model(tiny_model_dir, LoraConfig(r=4))
+        for layer in lora.lora_layers(made).values():
+            torch.nn.init.normal_(layer.lora_B, std=0.05)
+    elif request.param == "tied":
+        made = load_model(tiny_model_dir)
+        assert made.lm_head.weight is made.model.embed_tokens.weight
+    else:
+        made = untied() if request.param == "untied" else biased_head()
+    return made.train()
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "logits"])
+def test_loss_and_gradients_equal_the_definition(model, packed, fused):
+    rows = make_rows(9, seed=3, weights=WEIGHTS)
+    objective = SupervisedFineTuning(fused=fused)
+    [(batch, loss)] = ours(model, rows, packed, objective=objective)
+    exact = plain(model, rows)
+    assert loss.weight == batch.supervised == pytest.approx(sum(row.supervised for row in rows))
+    assert value(loss.total) == pytest.approx(value(exact.sum()), rel=1e-5)
+    close(gradients(model, loss.total), gradients(model, exact.sum()), 1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 64])
+def test_chunk_boundaries_change_nothing(tiny_model_dir, monkeypatch, chunk):
+    model = load_model(tiny_model_dir)
+    rows = make_rows(5, seed=4, weights=WEIGHTS)
+    [(_, whole)] = ours(model, rows)
+    wanted = gradients(model, whole.total)
+    monkeypatch.setattr(sft, "CHUNK", chunk)
+    [(batch, parts)] = ours(model, rows)
+    assert np.count_nonzero(batch.weights) > chunk or chunk == 64
+    assert value(parts.total) == pytest.approx(value(whole.total), rel=1e-6)
+    close(gradients(model, parts.total), wanted, 1e-5)
+
+
+def test_a_scaled_loss_scales_its_gradients(tiny_model_dir):
+    model = load_model(tiny_model_dir)
+    [(_, one)] = ours(model, make_rows(4))
+    wanted = {name: value / 8 for name, value in gradients(model, one.total).items()}
+    [(_, other)] = ours(model, make_rows(4))
+    close(gradients(model, other.total / 8), wanted, 1e-6)
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_document_sums_add_up_to_the_total_and_are_those_of_each_alone(tiny_model_dir, packed):
+    model = load_model(tiny_model_dir).eval()
+    rows = make_rows(9, seed=3, weights=WEIGHTS)
+    with torch.no_grad():
+        exact = dict(zip((row.example_id for row in rows), plain(model, rows), strict=True))
+    for batch, loss in ours(model, rows, packed, capacity=70, per_document=True):
+        assert not loss.per_document.requires_grad
+        assert float(loss.per_document.sum()) == pytest.approx(value(loss.total), rel=1e-6)
+        for name, document in zip(batch.example_ids, loss.per_document, strict=True):
+            assert float(document) == pytest.approx(float(exact[name]), rel=1e-5)
+    [(_, quiet)] = ours(model, rows)
+    assert quiet.per_document is None
+
+
+def test_only_supervised_positions_count(tiny_model_dir):
+    """Another token in place of an unsupervised label moves nothing but what comes after it."""
+    model = load_model(tiny_model_dir).eval()
+    ids = np.arange(10, 20)
+    weights = np.array([0, 0, 0, 1, 1, 0, 0, 0, 0, 0], np.float32)
+    changed = np.concatenate([ids[:5], ids[5:] + 40])
+    sums = [
+        value(ours(model, [Tokens(some, weights, "row")])[0][1].total) for some in (ids, changed)
+    ]
+    assert sums[0] == sums[1]
+    other = ids.copy()
+    other[4] += 40
+    assert value(ours(model, [Tokens(other, weights, "row")])[0][1].total) != sums[0]
+
+
+def test_a_batch_without_supervised_tokens_is_zero_and_not_a_number_never(tiny_model_dir):
+    model = load_model(tiny_model_dir, LoraConfig(r=4))
+    [(_, loss)] = ours(model, make_rows(3, weights=(0.0,)), per_document=True)
+    assert (value(loss.total), loss.weight) == (0.0, 0.0)
+    assert loss.per_document.tolist() == [0, 0, 0]
+    assert all(not value.any() for value in gradients(model, loss.total).values())
+
+
+def test_nothing_but_the_loss_is_computed_without_gradients(tiny_model_dir):
+    model = load_model(tiny_model_dir)
+    rows = make_rows(4)
+    [(_, trained)] = ours(model, rows)
+    with torch.no_grad():
+        [(_, measured)] = ours(model, rows)
+    assert value(trained.total) == value(measured.total)
+    assert not measured.total.requires_grad
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "logits"])
+def test_bfloat16_stays_within_its_rounding(tiny_model_dir, fused):
+    """Loss within 1 %, gradient within 5 % of float32 on the same (rounded) weights."""
+    rows = make_rows(9, seed=3, weights=WEIGHTS)
+    half = load_model(tiny_model_dir, LoraConfig(r=4), torch.bfloat16)
+    full = load_model(tiny_model_dir, LoraConfig(r=4))
+    with torch.no_grad():
+        for one, other in zip(full.parameters(), half.parameters(), strict=True):
+            one.copy_(other)
+    [(_, loss)] = ours(half, rows, objective=SupervisedFineTuning(fused=fused))
+    exact = plain(full, rows).sum()
+    assert value(loss.total) == pytest.approx(value(exact), rel=1e-2)
+    close(gradients(half, loss.total), gradients(full, exact), 5e-2)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "logits"])
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_full_tuning_in_bfloat16_keeps_float32_weights_and_gradients(tiny_model_dir, packed, fused):
+    rows = make_rows(9, seed=3, weights=WEIGHTS)
+    model = load_model(tiny_model_dir)
+    objective = SupervisedFineTuning(fused=fused, autocast=True)
+    [(_, loss)] = ours(model, rows, packed, objective=objective)
+    found = gradients(model, loss.total)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    exact = plain(model, rows).sum()
+    assert value(loss.total) == pytest.approx(value(exact), rel=1e-2)
+    close(found, gradients(model, exact), 5e-2)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_the_result_is_deterministic(tiny_model_dir, half):
+    model = load_model(tiny_model_dir, LoraConfig(r=4), torch.bfloat16 if half else torch.float32)
+    rows = make_rows(9, seed=3)
+    runs = []
+    for _ in range(2):
+        [(_, loss)] = ours(model, rows)
+        runs.append((value(loss.total), gradients(model, loss.total)))
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(runs[0][1][name], runs[1][1][name]) for name in runs[0][1])

@@ -1,0 +1,154 @@
+"""Small real trainings that the tests of the loop share: rows, a model, a run, a call to `fit`."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from postgrad.config import LoraConfig, Recipe, parse_recipe
+from postgrad.model import lora
+from postgrad.model.attention import training_attention
+from postgrad.run import Run, create_run
+from postgrad.train.fit import Loop, fit
+from postgrad.train.held_out import Validation
+from postgrad.train.optimizer import make_optimizer
+from postgrad.train.schedule import learning_rate
+from postgrad.train.sft import SupervisedFineTuning
+from postgrad.train.stopping import observe
+from postgrad.train.stream import Stream
+from postgrad.types import Tokens
+
+torch.set_num_threads(1)
+
+VOCABULARY = 250
+"""Fewer than the tiny model has."""
+
+
+def make_rows(count, seed=0, shortest=3, longest=40, weights=(1.0,), name="row"):
+    """Rows whose second half repeats the first: something that a small model can learn."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for number in range(count):
+        length = int(generator.integers(shortest, longest + 1))
+        half = generator.integers(3, VOCABULARY, size=(length + 1) // 2)
+        ids = np.concatenate([half, half])[:length]
+        label_weights = np.zeros(length, np.float32)
+        label_weights[(length + 1) // 2 :] = weights[number % len(weights)]
+        rows.append(Tokens(ids, label_weights, f"{name}-{number}"))
+    return rows
+
+
+def load_model(directory, adapt=None, dtype=torch.float32, seed=7):
+    """The tiny model, ready for training: with an adapter, or (adapt None) all of it trained."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    if adapt is not None:
+        lora.add_lora(model, adapt, seed)
+    return model
+
+
+def make_recipe(base, **sections) -> Recipe:
+    tree: dict[str, Any] = {
+        "name": "tiny",
+        "model": {"base": str(base), "precision": "fp32", "adapt": {"r": 4}},
+        "data": {"train": "rows.jsonl"},
+    }
+    for section, fields in sections.items():
+        tree[section] = {**tree.get(section, {}), **fields}
+    return parse_recipe(tree)
+
+
+@dataclass
+class Training:
+    """Everything that one call to `fit` needs; `go` makes the call."""
+
+    model: Any
+    stream: Stream
+    validation: Validation
+    optimizer: torch.optim.Optimizer
+    run: Run
+    recipe: Recipe
+    objective: SupervisedFineTuning
+
+    def go(self, *, start=None, patience=None, min_delta="1se", probes=(), world=None, **loop):
+        train = self.recipe.train
+        steps = len(self.stream)
+        settings = {"eval_steps": 4, "max_grad_norm": train.max_grad_norm, **loop}
+        with training_attention(self.model):
+            return fit(
+                self.model,
+                self.objective,
+                self.stream,
+                self.optimizer,
+                partial(learning_rate, steps=steps, peak=train.learning_rate),
+                loop=Loop(**settings),
+                run=self.run,
+                validate=lambda: self.validation(self.model, self.objective, world),
+                stopper=partial(observe, patience=patience, min_delta=min_delta),
+                probes=probes,
+                start=start,
+                world=world,
+            )
+
+
+def make_training(
+    directory: Path,
+    out: Path,
+    *,
+    rows=None,
+    held_out=None,
+    packed=True,
+    capacity=96,
+    per_step=120,
+    epochs=1.0,
+    max_steps=None,
+    dropout=0.0,
+    full=False,
+    run=None,
+    **train,
+) -> Training:
+    """A training of 12 steps or so on 30 rows, in a new run directory or in `run`."""
+    adapt = {"kind": "full"} if full else {"r": 4, "lora_dropout": dropout}
+    train = {"learning_rate": 1e-2, **train}
+    recipe = make_recipe(directory, model={"adapt": adapt}, train=train)
+    model = load_model(directory, None if full else LoraConfig(r=4, lora_dropout=dropout))
+    rows = make_rows(60, seed=1) if rows is None else rows
+    held_out = make_rows(12, seed=2, name="held-out") if held_out is None else held_out
+    stream = Stream(
+        rows,
+        epochs=epochs,
+        tokens_per_batch=per_step,
+        micro_batch_tokens=capacity,
+        packed=packed,
+        seed=recipe.seed,
+        max_steps=max_steps,
+    )
+    torch.manual_seed(recipe.seed)
+    return Training(
+        model=model,
+        stream=stream,
+        validation=Validation(held_out, capacity, packed),
+        optimizer=make_optimizer(model, recipe.train, train["learning_rate"]),
+        run=run or create_run(recipe, "train", out),
+        recipe=recipe,
+        objective=SupervisedFineTuning(),
+    )
+
+
+def weights_of(model):
+    """Copies of everything that is trained, by name."""
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def timeless(run: Run):
+    """The lines of metrics.jsonl without the clock."""
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in run.read_metrics()]
+
+
+def events(run: Run, kind: str):
+    from postgrad.run import read_jsonl
+
+    return [event for event in read_jsonl(run.events_path) if event["event"] == kind]
