@@ -101,7 +101,7 @@ def test_supervised_text_is_marked_with_or_without_colour():
     pieces = [("Q ", 0.0), ("A", 1.0), ("B", 0.5), (" C", 0.0), ("D", 1.0)]
     text = console.row_text(pieces, colour=False)
     assert text.startswith("Q [[A]][[B]] C[[D]]\n")
-    assert "3 of 5 tokens are supervised (60%)" in text
+    assert "3 of 7 characters are supervised (43%)" in text
     coloured = console.row_text(pieces, colour=True)
     assert coloured.startswith("Q \x1b[1;32mA\x1b[0m\x1b[1;33mB\x1b[0m C\x1b[1;32mD\x1b[0m")
 
@@ -111,7 +111,7 @@ def test_data_cannot_send_commands_to_the_terminal():
 
 
 def test_an_empty_row_is_shown_as_empty():
-    assert console.row_text([], colour=False) == "\n\n0 of 0 tokens are supervised (0%)"
+    assert console.row_text([], colour=False) == "\n\n0 of 0 characters are supervised (0%)"
 
 
 def test_the_table_of_runs_survives_missing_values():

@@ -255,9 +255,9 @@ def _explain_row(row: int, target: str | None, overrides: list[str] | None) -> R
     recipe = _recipe(Path(target), overrides)
     with contextlib.redirect_stdout(sys.stderr):
         pieces = stages.explain_row(recipe, row)
-    tokens = [{"text": text, "weight": weight} for text, weight in pieces]
+    document = [{"text": text, "weight": weight} for text, weight in pieces]
     colour = _colour(sys.stdout)
-    return Reply({"row": row, "tokens": tokens}, lambda: console.row_text(pieces, colour))
+    return Reply({"row": row, "pieces": document}, lambda: console.row_text(pieces, colour))
 
 
 def _recipe(path: Path, overrides: list[str] | None) -> Any:

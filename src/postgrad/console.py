@@ -183,7 +183,7 @@ def row_text(pieces: Sequence[tuple[str, float]], colour: bool) -> str:
     >>> print(row_text([("Q? ", 0.0), ("A", 1.0), (".", 1.0)], colour=False))
     Q? [[A.]]
     <BLANKLINE>
-    2 of 3 tokens are supervised (67%)
+    2 of 5 characters are supervised (40%)
     """
     text = ""
     last = 0.0
@@ -193,9 +193,10 @@ def row_text(pieces: Sequence[tuple[str, float]], colour: bool) -> str:
             text += ((_GREEN if weight == 1 else _YELLOW) if colour else _OPEN) if weight else ""
             last = weight
         text += piece.replace("\x1b", "\\x1b")
-    supervised = sum(weight != 0 for _, weight in pieces)
-    share = supervised / max(1, len(pieces))
-    return f"{text}\n\n{supervised:,} of {len(pieces):,} tokens are supervised ({share:.0%})"
+    supervised = sum(len(piece) for piece, weight in pieces if weight)
+    total = sum(len(piece) for piece, _ in pieces)
+    share = supervised / max(1, total)
+    return f"{text}\n\n{supervised:,} of {total:,} characters are supervised ({share:.0%})"
 
 
 def error_text(message: str, remedy: str, colour: bool = False) -> str:
@@ -225,7 +226,9 @@ def _figure(key: str, value: Any) -> str:
         return f"{value / 1e9:.2f} GB"
     if key.endswith("_seconds"):
         return duration(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+    if isinstance(value, int) or value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:g}"
 
 
 def _percent(value: float | None) -> str:

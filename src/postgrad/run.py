@@ -345,7 +345,9 @@ def create_run(recipe: Recipe, verb: str, out: Path | None = None, root: Path | 
 
     Raises RunError when `out` is not empty, cannot be written, or another process takes it.
     """
-    taken = RunError(f"{out} exists and is not empty", "choose another --out, or add --resume")
+    taken = RunError(
+        f"{out} exists and is not empty", "choose another --out, remove it, or add --resume"
+    )
     with disk_errors(out or root or Path("runs")):
         if out is not None and out.exists() and not _is_empty(out):
             raise taken
