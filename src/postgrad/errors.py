@@ -5,7 +5,7 @@ class PostgradError(ValueError):
     """Base of every error meant for users; `exit_code` is what the command line returns."""
 
     exit_code = 1
-    """0 done, 1 failed, 2 usage or config, 3 refused by a check, 4 gate not met, 130 interrupted."""
+    """0 done, 1 failed, 2 usage or config, 3 refused by a check, 4 gate not met, 130 stopped."""
 
     def __init__(self, message: str, remedy: str) -> None:
         """Keep `message` (what is wrong) and `remedy` (what to do) apart for renderers."""
@@ -41,7 +41,7 @@ class ModelError(PostgradError):
 
 
 class TrainingError(PostgradError):
-    """Training cannot go on or its result cannot be trusted (non-finite loss, drift, bad restore)."""
+    """Training cannot go on or its result not be trusted (non-finite loss, drift, bad restore)."""
 
 
 class CheckpointError(PostgradError):

@@ -114,7 +114,11 @@ def _collect(section: type[BaseModel], prefix: str, found: dict[str, dict[str, A
         if isinstance(default, BaseModel):
             default = default.model_dump(mode="json")
         meaning = " ".join((info.description or "").split())
-        entry: dict[str, Any] = {"type": _type_name(info.annotation), "default": default, "meaning": meaning}
+        entry: dict[str, Any] = {
+            "type": _type_name(info.annotation),
+            "default": default,
+            "meaning": meaning,
+        }
         if key in found and found[key]["type"] != entry["type"]:  # the same key of two variants
             found[key]["type"] = f"{found[key]['type']} | {entry['type']}"
         found.setdefault(key, entry)

@@ -1,4 +1,4 @@
-"""The nouns that flow through postgrad: frozen dataclasses, no torch, no behaviour beyond invariants.
+"""The nouns that flow through postgrad: frozen dataclasses without torch or behaviour.
 
 row -> Example -> Tokens -> Batch -> LossSum -> checkpoint -> Evidence -> Measurement -> report
 """
@@ -34,7 +34,7 @@ class Split(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A function call made by the assistant; `arguments` is a JSON string, as in the OpenAI format."""
+    """A function call made by the assistant; `arguments` is a JSON string (OpenAI format)."""
 
     name: str
     arguments: str
@@ -118,7 +118,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A row that is not used, and why: a line of data/dropped.jsonl. Nothing is dropped silently."""
+    """A row that is not used, and why: a line of data/dropped.jsonl. Nothing goes silently."""
 
     id: str
     source: str
@@ -142,7 +142,7 @@ class Tokens:
 
     def __post_init__(self) -> None:
         """Check that lengths agree and that the first token is not a label."""
-        assert self.ids.shape == self.weights.shape and self.ids.ndim == 1
+        assert self.ids.shape == (len(self.weights),)
         assert len(self.ids) == 0 or self.weights[0] == 0
 
     @property
@@ -238,7 +238,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """One evaluated row: a line of `evidence/<task>.<arm>.jsonl`. An error is data, not an omission."""
+    """One evaluated row: a line of `evidence/<task>.<arm>.jsonl`. An error is data too."""
 
     example_id: str
     prompt: str
