@@ -31,9 +31,7 @@ class Options:
     """Where progress goes."""
 
 
-def run(
-    recipe: Recipe, options: Options, facts: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def run(recipe: Recipe, options: Options, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Data, pre-flight, training, evaluation, report: the whole job in one run directory."""
     if options.dry_run:
         return plan(recipe, options)

@@ -142,7 +142,8 @@ class Tokens:
 
     def __post_init__(self) -> None:
         """Check that lengths agree and that the first token is not a label."""
-        assert self.ids.shape == (len(self.weights),)
+        assert self.ids.ndim == 1
+        assert self.ids.shape == self.weights.shape
         assert len(self.ids) == 0 or self.weights[0] == 0
 
     @property
