@@ -72,6 +72,8 @@ def observe(
     if state is None:
         return StoppingState(step, held_out.loss, held_out), 0.0
     improvement, error = paired_difference(state.reference, held_out)
+    if math.isinf(error):  # one row: its noise is unknown, so what it says counts as it is
+        error = 0.0
     threshold = error if min_delta == "1se" else float(min_delta)
     significant = improvement > threshold
     waited = 0 if significant else state.waited + 1
