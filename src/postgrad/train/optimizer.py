@@ -1,11 +1,10 @@
 """AdamW over the trainable parameters: decay on matrices only, float32 state, fused kernels."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from postgrad.config import TrainConfig
+from postgrad.errors import CheckpointError
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -41,14 +40,23 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 def load_optimizer_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]
 ) -> None:
-    """Put saved moments back; every trainable parameter must have been saved."""
-    by_name: dict[str, dict[str, Any]] = {}
+    """Put saved moments back; a parameter that never had a gradient has none.
+
+    Raises CheckpointError when moments of a parameter were saved that is not trained here.
+    """
+    by_name: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
         kind, _, name = key.partition("/")
         by_name.setdefault(name, {})[kind] = value
-    for name, parameter in trainable(model).items():
-        moments = by_name[name]
-        optimizer.state[parameter] = {
-            kind: value.to(parameter.device) if kind != "step" else value.clone()
-            for kind, value in moments.items()
+    parameters = trainable(model)
+    unknown = sorted(set(by_name) - set(parameters))
+    if unknown:
+        raise CheckpointError(
+            f"the checkpoint holds optimizer state for {unknown[0]}, which is not trained here",
+            "use the recipe it was saved with",
+        )
+    for name, moments in by_name.items():
+        device = parameters[name].device
+        optimizer.state[parameters[name]] = {
+            kind: value.to(device, copy=True) for kind, value in moments.items()
         }
