@@ -80,9 +80,10 @@ def _verdict(report: Report, name: str) -> Html:
     said = verdict(report)
     date = str(report.record.get("created", ""))[:10]
     missing = unknowns(report)
+    base = report.recipe.model.base.partition("#")[0].rsplit("/", 1)[-1]
     return tag(
         "header",
-        tag("p", f"{name} · {report.recipe.model.base.rsplit('/', 1)[-1]} · {date}", class_="over"),
+        tag("p", f"{name} · {base} · {date}", class_="over"),
         tag("h1", said.headline, class_=said.kind),
         tag("p", said.summary, class_="lead"),
         tag("p", said.evidence, class_="evidence") if said.evidence else None,
