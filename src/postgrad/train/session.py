@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from postgrad.config import FullConfig, LoraConfig, Recipe
+from postgrad.data.batches import micro_batches
 from postgrad.data.dataset import Dataset
 from postgrad.data.lengths import keep_usable
 from postgrad.data.render import Renderer, Rendering
@@ -28,7 +29,9 @@ from postgrad.train.plan import (
 from postgrad.train.preflight import preflight
 from postgrad.train.sft import SupervisedFineTuning
 from postgrad.train.stream import Stream
-from postgrad.types import Check, Dropped, Split, Tokens
+from postgrad.types import Batch, Check, Dropped, Split, Tokens
+
+PROBE_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,17 +208,30 @@ def fastest_threads(session: Session) -> int:
     Two threads can be slower than one on a busy machine: OpenMP barriers wait for the slowest.
     """
     cores = available_cores()
-    batch = session.stream(packed=True).step(0)[0]
+    batch = _probe_batch(session)
     times: dict[int, float] = {}
     with session.attention():
         for threads in sorted({1, max(1, cores // 2), cores}):
             torch.set_num_threads(threads)
-            times[threads] = min(_seconds(session, batch) for _ in range(2))
+            first = _seconds(session, batch)
+            hopeless = times and first > 2 * min(times.values())
+            times[threads] = first if hopeless else min(first, _seconds(session, batch))
     session.model.zero_grad(set_to_none=True)
     return min(times, key=lambda threads: times[threads])
 
 
-def _seconds(session: Session, batch: Any) -> float:
+def _probe_batch(session: Session) -> Batch:
+    """About a thousand tokens of the first training step: enough to keep every thread busy."""
+    assert isinstance(session.recipe.train.micro_batch_tokens, int)
+    rows: list[Tokens] = []
+    for row in session.training:
+        rows.append(row)
+        if sum(map(len, rows)) >= PROBE_TOKENS:
+            break
+    return micro_batches(rows, max(PROBE_TOKENS, max(map(len, rows))), packed=True)[0]
+
+
+def _seconds(session: Session, batch: Batch) -> float:
     began = time.perf_counter()
     session.model.train()
     session.objective(session.model, batch).total.backward()
