@@ -5,9 +5,10 @@ stand in buffers reserved once and written in place:
 
     shared prefix (once, batch 1) | rest of each prompt, padded on the right | generated tokens
 
-A query attends to the prefix and to its own row separately and the two results are merged by their
+Prompts are read packed, one behind the other without padding, and put into their rows. A query
+attends to the prefix and to its own row separately and the two results are merged by their
 log-sum-exp, so a prefix that all prompts share (system prompt, few-shot block) is neither computed
-nor read once per row (cascade inference: Ye et al. 2024, "Cascade Inference", FlashInfer).
+nor read once per row ("Cascade Inference", Ye et al., FlashInfer, 2024).
 
 `PaddedDecoder` is for every other model (sliding windows, linear attention, soft-capping): left
 padding, Transformers' own cache, masks and attention.
@@ -29,7 +30,7 @@ NAME = "postgrad-decode"
 PREFILL_TOKENS = 2048
 """Tokens of one forward pass over prompts: large enough for full speed, small for the cache."""
 
-KeyValues = tuple[Tensor, Tensor]
+Pair = tuple[Tensor, Tensor]
 
 
 class Decoder(Protocol):
@@ -50,7 +51,7 @@ class Prefix:
     """The tokens that all prompts of a batch begin with, computed once."""
 
     length: int
-    layers: tuple[KeyValues, ...]
+    layers: tuple[Pair, ...]
     """Keys and values of each layer, [1, key heads, length, width]."""
 
 
@@ -59,8 +60,10 @@ class _Decoding:
     """What the attention of one forward pass must know; travels as a keyword argument."""
 
     prefix: Prefix | None
-    bias: Tensor | None
+    bias: Tensor | None = None
     """[rows, 1, 1, columns] 0 or -inf on the row's own columns; None = all visible."""
+    places: Pair | None = None
+    """While packed prompts are read: row and column of each token, counted from the first row."""
 
 
 def can_share(model: Any) -> bool:
@@ -114,18 +117,22 @@ class SharedDecoder:
 
     def prefill(self) -> Tensor:
         """Read the prompts, a few thousand tokens at a time; see `Decoder`."""
+        sizes = self._lengths.tolist()
         logits, first = [], 0
-        while first < len(self._prompts):
-            rows = max(1, PREFILL_TOKENS // len(self._prompts[first]))
-            logits.append(self._read(first, self._prompts[first : first + rows]))
-            first += rows
+        while first < len(sizes):
+            end, tokens = first + 1, sizes[first]
+            while end < len(sizes) and tokens + sizes[end] <= PREFILL_TOKENS:
+                tokens += sizes[end]
+                end += 1
+            logits.append(self._read(first, end))
+            first = end
         columns = torch.arange(self._layers[0].capacity, device=self._lengths.device)
         gap = (columns >= self._lengths[:, None]) & (columns < self._columns)
         if gap.any():
             zero = torch.zeros(gap.shape, dtype=logits[0].dtype, device=gap.device)
             self._bias = zero.masked_fill_(gap, float("-inf"))[:, None, None, :]
         for layer in self._layers:
-            layer.select(0, len(self._prompts), self._columns)
+            layer.extend(len(sizes), self._columns)
         return torch.cat(logits)
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -135,8 +142,8 @@ class SharedDecoder:
         bias = self._bias
         if bias is not None:
             bias = bias[..., : self._columns + self._generated]
-        logits: Tensor = self._forward(tokens[:, None], positions[:, None], bias, 1)
-        return logits[:, -1]
+        decoding = _Decoding(self._prefix, bias=bias)
+        return self._forward(tokens[:, None], positions[:, None], decoding, 1)[:, -1]
 
     def keep(self, rows: Tensor) -> None:
         """See `Decoder`; only rows that change places are copied."""
@@ -147,33 +154,31 @@ class SharedDecoder:
         if self._bias is not None:
             self._bias = self._bias[rows]
 
-    def _read(self, first: int, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Run prompts `first` and following, padded on the right: causality hides the padding."""
-        longest = len(prompts[0])
-        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = torch.tensor(prompt)
-        ids = ids.to(self._lengths.device)
+    def _read(self, first: int, end: int) -> Tensor:
+        """Read prompts first ... end in one pass; return the logits after each."""
+        packed = [token for prompt in self._prompts[first:end] for token in prompt]
+        ids = torch.tensor(packed, device=self._lengths.device)
+        lengths = self._lengths[first:end]
+        ends = lengths.cumsum(0)
+        rows = torch.repeat_interleave(lengths)
+        columns = torch.arange(len(packed), device=ids.device) - (ends - lengths)[rows]
         for layer in self._layers:
-            layer.select(first, len(prompts), 0)
-        positions = self._start + torch.arange(longest, device=ids.device)
-        last, where = torch.unique(
-            self._lengths[first : first + len(prompts)] - 1, return_inverse=True
-        )
-        logits: Tensor = self._forward(ids, positions.expand(len(prompts), -1), None, last)
-        return logits[torch.arange(len(prompts), device=ids.device), where]
+            layer.place(slice(first, end), len(self._prompts[first]), (rows, columns))
+        decoding = _Decoding(self._prefix, places=(rows, columns))
+        return self._forward(ids[None], self._start + columns[None], decoding, ends - 1)[0]
 
     def _forward(
-        self, ids: Tensor, positions: Tensor, bias: Tensor | None, logits_to_keep: Any
-    ) -> Any:
-        return self._model(
+        self, ids: Tensor, positions: Tensor, decoding: _Decoding, logits_to_keep: Any
+    ) -> Tensor:
+        logits: Tensor = self._model(
             input_ids=ids,
             position_ids=positions,
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=logits_to_keep,
-            decoding=_Decoding(self._prefix, bias),
+            decoding=decoding,
         ).logits
+        return logits
 
 
 class PaddedDecoder:
@@ -255,30 +260,39 @@ class _ReservedLayer(DynamicLayer):  # type: ignore[misc]
     def __init__(self, rows: int, capacity: int) -> None:
         super().__init__()
         self.rows, self.capacity = rows, capacity
-        self.first, self.count, self.length = 0, rows, 0
-        self._buffers: KeyValues | None = None
+        self.selected, self.length = slice(0, rows), 0
+        self._places: Pair | None = None
+        self._buffers: Pair | None = None
 
-    def select(self, first: int, count: int, length: int) -> None:
-        """Work on rows first ... first + count, of which `length` columns are filled."""
-        self.first, self.count, self.length = first, count, length
+    def place(self, rows: slice, length: int, places: Pair) -> None:
+        """Next come packed tokens for these rows of up to `length` columns, each with its place."""
+        self.selected, self.length, self._places = rows, length, places
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> KeyValues:
-        """Write the new columns; return all filled columns of the selected rows."""
+    def extend(self, count: int, length: int) -> None:
+        """Next comes one token after the other, behind `length` columns of the first rows."""
+        self.selected, self.length, self._places = slice(0, count), length, None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Pair:
+        """Write what comes next; return all filled columns of the selected rows."""
         if self._buffers is None:
             self._buffers = self._reserve(key_states), self._reserve(value_states)
-        begin, self.length = self.length, self.length + key_states.shape[2]
-        rows = slice(self.first, self.first + self.count)
+        if self._places is None:
+            self.length += 1
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            rows = buffer[self.selected]
+            if self._places is None:
+                rows[:, :, self.length - 1] = states[:, :, 0]
+            else:
+                rows.transpose(1, 2)[self._places] = states[0].transpose(0, 1)
         keys, values = self._buffers
-        keys[rows, :, begin : self.length] = key_states
-        values[rows, :, begin : self.length] = value_states
-        return keys[rows, :, : self.length], values[rows, :, : self.length]
+        return keys[self.selected, :, : self.length], values[self.selected, :, : self.length]
 
     def move(self, origin: Tensor, target: Tensor, count: int) -> None:
         """Copy rows `origin` onto rows `target` and go on with the first `count`."""
         assert self._buffers is not None
         for buffer in self._buffers:
             buffer[target, :, : self.length] = buffer[origin, :, : self.length]
-        self.count = count
+        self.selected = slice(0, count)
 
     def get_seq_length(self) -> int:
         """Return the number of filled columns."""
@@ -301,31 +315,50 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Attention function of Transformers' interface.
 
-    Query [B, H, S, D], key and value [B, K, T, D] -> [B, S, H, D]. Several queries at once are
-    prompts, causal and S = T; a single one sees every column that `decoding.bias` leaves it. Both
-    see the whole prefix as well.
+    Query [B, H, S, D] -> [B, S, H, D]. Without `decoding`, and with packed prompts (B = 1), it is
+    causal; a single token (S = 1) sees every column of its row that the bias leaves it. Packed
+    prompts and single tokens see the whole prefix as well.
     """
-    rows, heads, length, width = query.shape
-    scale = scaling if scaling is not None else width**-0.5
-    key_heads, prefix = key.shape[1], decoding.prefix if decoding else None
-    if length > 1:
-        assert length == key.shape[2], "prompts are read in one pass"
-        key, value = (_repeat(x, heads // key_heads) for x in (key, value))
-        own, own_weight = _attend(query, key, value, scale, causal=True)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if decoding is None:
+        return _causal(query, key, value, scale)[0].transpose(1, 2), None
+    if decoding.places is None:
+        own, own_weight = _last(query, key, value, scale, decoding.bias)
     else:
-        stacked = query.reshape(rows, key_heads, heads // key_heads, width)
-        bias = decoding.bias if decoding else None
-        own, own_weight = _attend(stacked, key, value, scale, bias=bias)
-        own, own_weight = own.reshape(rows, heads, 1, -1), own_weight.reshape(rows, heads, 1)
-    if prefix is None:
+        own, own_weight = _packed(query, key, value, scale, decoding.places)
+    if decoding.prefix is None:
         return own.transpose(1, 2), None
-    grouped = query.reshape(rows, key_heads, -1, width).transpose(0, 1)
-    grouped = grouped.reshape(1, key_heads, -1, width)
-    shared, weight = _attend(grouped, *prefix.layers[module.layer_idx], scale)
+    rows, key_heads = len(query), key.shape[1]
+    grouped = query.reshape(rows, key_heads, -1, query.shape[-1]).transpose(0, 1)
+    grouped = grouped.reshape(1, key_heads, -1, query.shape[-1])
+    shared, weight = _attend(grouped, *decoding.prefix.layers[module.layer_idx], scale)
     shared = shared.view(key_heads, rows, -1, own.shape[-1]).transpose(0, 1).reshape(own.shape)
     weight = weight.view(key_heads, rows, -1).transpose(0, 1).reshape(own_weight.shape)
-    share = torch.sigmoid(weight - own_weight).unsqueeze(-1).to(query.dtype)
+    share = torch.sigmoid(weight - own_weight).unsqueeze(-1).to(own.dtype)
     return torch.lerp(own, shared, share).transpose(1, 2), None
+
+
+def _last(query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None) -> Pair:
+    """One token per row against its row; query heads of one key head are stacked as positions."""
+    rows, heads, _, width = query.shape
+    stacked = query.reshape(rows, key.shape[1], -1, width)
+    out, weight = _attend(stacked, key, value, scale, bias=bias)
+    return out.reshape(rows, heads, 1, -1), weight.reshape(rows, heads, 1)
+
+
+def _packed(query: Tensor, key: Tensor, value: Tensor, scale: float, places: Pair) -> Pair:
+    """Packed query [1, H, T, D] against key and value of its rows [B, K, S, D], each row causal."""
+    padded = query.new_zeros(len(key), key.shape[2], *query.shape[1::2])
+    padded[places] = query[0].transpose(0, 1)
+    out, weight = _causal(padded.transpose(1, 2), key, value, scale)
+    out, weight = out.transpose(1, 2)[places], weight.transpose(1, 2)[places]
+    return out.transpose(0, 1)[None], weight.transpose(0, 1)[None]
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Pair:
+    """Rows padded on the right, S = T: causality hides the padding."""
+    times = query.shape[1] // key.shape[1]
+    return _attend(query, _repeat(key, times), _repeat(value, times), scale, causal=True)
 
 
 def _repeat(x: Tensor, times: int) -> Tensor:
@@ -342,7 +375,7 @@ def _attend(
     *,
     causal: bool = False,
     bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Pair:
     """Return softmax(q kᵀ) v and the log of the softmax's denominator, float32 [B, H, S]."""
     if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # type: ignore[no-any-return]
@@ -359,7 +392,7 @@ def attend_plainly(
     *,
     causal: bool = False,
     bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Pair:
     """The same by matrix products, for devices without a kernel that returns the denominator."""
     scores = (query @ key.transpose(-1, -2)).float() * scale
     if bias is not None:

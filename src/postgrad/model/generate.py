@@ -27,7 +27,7 @@ from postgrad.model.decode import (
 )
 from postgrad.types import Completion, StopReason
 
-PREFIX_TOKENS = 32
+PREFIX_TOKENS = 8
 """Shortest common beginning worth computing once."""
 SAVED_TOKENS = 2048
 """Prompt tokens that sharing must save to give some of the prompts batches of their own."""
@@ -209,7 +209,8 @@ def _compact(active: Sequence[int], finished: set[int]) -> list[int]:
 def _choose(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return the likeliest token of each row and its log-probability; logits [rows, vocabulary]."""
     best, tokens = logits.max(-1)
-    logprobs = best.float() - torch.logsumexp(logits.float(), -1)
+    best, rest = best.float(), logits.to(torch.float32, copy=True)
+    logprobs = -rest.sub_(best[:, None]).exp_().sum(-1).log()
     if not torch.isfinite(logprobs).all():
         raise ModelError(
             "the model returns logits that are not finite",
