@@ -333,7 +333,7 @@ def _read_table(path: Path, delimiter: str) -> Iterator[RawRow | Problem]:
         try:
             for cells in reader:
                 first, last = last + 1, reader.line_num
-                if not any(cells):
+                if not any(cell.strip() for cell in cells):
                     continue
                 bad = lines.problem(first, last)
                 if header is None:

@@ -7,7 +7,6 @@ ShareGPT function calls become tool calls, bare function schemas are wrapped as 
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from postgrad.config import DataConfig
@@ -72,33 +71,32 @@ _REQUESTS = ("text", "input", "query", "question", "request", "prompt", "instruc
 _ANSWERS = ("label", "output", "response", "answer", "completion", "target")
 
 
-def detect_format(keys: Iterable[str], path: Path) -> str:
-    """Return the format that a row's keys name; never guess between two.
+def detect_format(keys: Iterable[str], source: str) -> str | None:
+    """Return the format that a row's keys name, None when there is none; never guess between two.
 
     Raises:
-        DataError: No format or several fit, or there is a column that changes what a row means but
-            that the format does not read (`context` beside question/answer). The remedy names
-            data.format, which settles it.
+        DataError: Several fit, or there is a column that changes what a row means but that the
+            format does not read (`context` beside question/answer). The remedy names data.format,
+            which settles it.
     """
     present = set(keys)
     fitting = [name for name, needed in FORMATS.items() if present.issuperset(needed)]
-    shown = ", ".join(sorted(present)) or "none"
     if len(fitting) > 1:
         raise DataError(
-            f"{path}: rows fit several formats ({', '.join(fitting)}); their keys: {shown}",
+            f"{source}: rows fit several formats ({', '.join(fitting)}): {_shown(present)}",
             f"say which: data.format={fitting[0]}",
         )
     if {"chosen", "rejected"} <= present:
         raise DataError(
-            f"{path}: these are preference pairs (chosen, rejected), not examples to imitate",
+            f"{source}: these are preference pairs (chosen, rejected), not examples to imitate",
             "give rows with one answer each",
         )
     if not fitting:
-        raise DataError(f"{path}: no known format has the keys {shown}", _format_remedy(present))
+        return None
     name = fitting[0]
     if extra := telling_key(name, present):
         raise DataError(
-            f"{path}: rows look like {name}, but also have {extra}, which {name} does not read",
+            f"{source}: rows look like {name}, but also have {extra}, which {name} does not read",
             f"put it into the request, or ignore it with data.format={name}",
         )
     return name
@@ -112,7 +110,18 @@ def telling_key(name: str, keys: Iterable[str]) -> str | None:
     return None
 
 
-def _format_remedy(present: set[str]) -> str:
+def _shown(keys: Iterable[str]) -> str:
+    return ", ".join(sorted(keys)) or "none"
+
+
+def unknown_format(keys: Iterable[str]) -> str:
+    """Return what is wrong with a row whose keys no format knows."""
+    return f"no known format has the keys {_shown(keys)}"
+
+
+def format_remedy(keys: Iterable[str]) -> str:
+    """Return how to name the columns of rows that no format knows."""
+    present = set(keys)
     if present == {"text"}:
         return "plain text has no request and answer: give rows with a prompt and a completion"
     request = next((name for name in _REQUESTS if name in present), "COLUMN")

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 GRAM = 5
-_CHUNK = 1 << 21
+_CHUNK = 1 << 19
 _BLOCK = 1 << 18
 _SPARSE_COST = 100
 _EPSILON = 1e-9
@@ -74,21 +74,28 @@ def gram_sets(texts: Sequence[str]) -> Grams:
     padded = [text.ljust(GRAM, "\0") for text in texts]
     lengths = np.array([len(text) for text in padded], dtype=np.int64)
     numbers, distinct = _number_grams(padded, lengths)
-    owner = np.repeat(np.arange(len(texts)), lengths - GRAM + 1)
-    pairs = _distinct(owner * distinct + numbers)
-    del numbers, owner
-    owner, numbers = np.divmod(pairs, distinct)
-    del pairs
+    keys = np.repeat(np.arange(len(texts)), lengths - GRAM + 1)
+    keys *= distinct
+    keys += numbers
+    del numbers, padded
+    keys = _distinct(keys)  # text * distinct + gram: one entry for each gram of each text
+    places = keys % distinct
     order = np.empty(distinct, dtype=np.int64)
-    frequency = np.bincount(numbers, minlength=distinct)
+    frequency = np.bincount(places, minlength=distinct)
     order[np.argsort(frequency, kind="stable")] = np.arange(distinct)
-    grams = np.sort(owner * distinct + order[numbers]) - owner * distinct
+    keys -= places
+    keys += order[places]
+    del places
+    keys.sort()
+    owner = keys // distinct
+    grams = keys
+    grams -= owner * distinct
     starts = np.searchsorted(owner, np.arange(len(texts) + 1)).astype(np.int64)
     sketches = _sketches(grams, owner, len(texts))
     return Grams(grams, starts, np.diff(starts), sketches, np.zeros(distinct, dtype=bool))
 
 
-def _number_grams(padded: Sequence[str], lengths: Ints) -> tuple[Ints, int]:
+def _number_grams(padded: Sequence[str], lengths: Ints) -> tuple[npt.NDArray[np.int32], int]:
     """Return the grams of all texts as numbers from 0, one text after another, and how many."""
     joined = "".join(padded).encode("utf-32-le", "surrogatepass")
     characters = np.frombuffer(joined, dtype=np.uint32)
@@ -98,10 +105,22 @@ def _number_grams(padded: Sequence[str], lengths: Ints) -> tuple[Ints, int]:
     ends = np.cumsum(lengths)[:-1]
     for back in range(1, GRAM):
         inside[ends - back] = False  # a window must not reach into the next text
-    codes = _codes((np.cumsum(known) - 1)[characters], int(known.sum()))[inside]
+    letters = (np.cumsum(known, dtype=np.int32) - 1)[characters]
     del joined, characters
-    values, numbers = np.unique(codes, return_inverse=True)
-    return numbers, len(values)
+    return _rank(_codes(letters, int(known.sum()))[inside])
+
+
+def _rank(values: Ints) -> tuple[npt.NDArray[np.int32], int]:
+    """Return each value's place among the different values, and how many there are."""
+    order = np.argsort(values)
+    values = values[order]
+    new = np.ones(len(values), dtype=bool)
+    np.not_equal(values[1:], values[:-1], out=new[1:])
+    del values
+    places = np.cumsum(new, dtype=np.int32) - 1
+    ranks = np.empty(len(order), dtype=np.int32)
+    ranks[order] = places
+    return ranks, int(places[-1]) + 1
 
 
 def _sketches(grams: Ints, owner: Ints, texts: int) -> Words:
@@ -122,15 +141,16 @@ def _distinct(values: Ints) -> Ints:
     return values[new]
 
 
-def _codes(letters: Ints, base: int) -> Ints:
+def _codes(letters: npt.NDArray[np.int32], base: int) -> Ints:
     """Number every window of 5 letters, exactly: equal windows and only they get equal numbers."""
     count = len(letters) - GRAM + 1
-    codes, bound = letters[:count], base
+    codes, bound = letters[:count].astype(np.int64), base
     for ahead in range(1, GRAM):
         if bound * base >= 1 << 62:
-            values, codes = np.unique(codes, return_inverse=True)
-            bound = len(values)
-        codes = codes * base + letters[ahead : ahead + count]
+            ranks, bound = _rank(codes)
+            codes = ranks.astype(np.int64)
+        codes *= base
+        codes += letters[ahead : ahead + count]
         bound *= base
     return codes
 

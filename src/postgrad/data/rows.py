@@ -10,7 +10,14 @@ from typing import Any
 
 from postgrad.config import DataConfig
 from postgrad.data.files import Problem, RawRow, describe, read_rows
-from postgrad.data.formats import USED_KEYS, detect_format, parse, telling_key
+from postgrad.data.formats import (
+    USED_KEYS,
+    detect_format,
+    format_remedy,
+    parse,
+    telling_key,
+    unknown_format,
+)
 from postgrad.data.messages import BadRow, bad, value_of
 from postgrad.errors import ConfigError, DataError
 from postgrad.run import sha256_file
@@ -35,32 +42,34 @@ def read_file(path: Path, config: DataConfig) -> FileRows:
     """Read every row of a file: good ones as examples, bad ones as problems.
 
     Raises:
-        DataError: The format cannot be told from the keys of the first row.
+        DataError: The format cannot be told from the keys of the rows.
         ConfigError: An option of the recipe does not apply to the format found.
     """
     examples: list[Example] = []
     problems: list[Problem] = []
     ignored: Counter[str] = Counter()
     name: str | None = None
-    used: set[str] = set()
+    unknown: RawRow | None = None
     for row in read_rows(path):
         if isinstance(row, Problem):
             problems.append(row)
             continue
+        name = name or _choose_format(row, config)
         if name is None:
-            name = _choose_format(row, config, path)
-            used = _used_keys(name, config)
-        extra = row.values.keys() - used
-        ignored.update(extra)
+            unknown = unknown or row
+            problems.append(Problem(row.source, "", unknown_format(row.values)))
+            continue
         try:
-            telling = telling_key(name, extra) if extra and config.format == "auto" else None
-            if telling:
-                bad("", f"also has {telling}, which {name} does not read")
+            ignored.update(_unread_keys(name, row.values, config))
             conversation = parse(name, row.values, config)
             group = _group(row.values, config.group_by)
             examples.append(Example(content_id(conversation), conversation, row.source, group))
         except BadRow as found:
             problems.append(Problem(row.source, found.field, found.text))
+    if name is None and unknown is not None:
+        raise DataError(
+            f"{unknown.source}: {unknown_format(unknown.values)}", format_remedy(unknown.values)
+        )
     facts = {
         "path": str(path),
         "sha256": sha256_file(path) if path.is_file() else "",
@@ -101,24 +110,29 @@ def refuse_or_drop(problems: Sequence[Problem], on_invalid: str) -> list[Dropped
     ]
 
 
-def _choose_format(row: RawRow, config: DataConfig, path: Path) -> str:
-    name: str = config.format
+def _choose_format(row: RawRow, config: DataConfig) -> str | None:
+    name: str | None = config.format
     if name == "auto":
-        name = detect_format((key for key in row.values if key != config.group_by), path)
+        keys = [key for key in row.values if key != config.group_by]
+        name = detect_format(keys, row.source)
     if config.prompt_template != "{prompt}" and name in ("messages", "sharegpt"):
         raise ConfigError(
-            f"data.prompt_template applies to single-turn formats, but {path} is {name}",
+            f"data.prompt_template applies to single-turn formats, but {row.source} is {name}",
             "remove data.prompt_template; use data.system for a common instruction",
         )
     return name
 
 
-def _used_keys(name: str, config: DataConfig) -> set[str]:
+def _unread_keys(name: str, values: Mapping[str, Any], config: DataConfig) -> list[str]:
+    """Return the columns that are not read; one that changes the meaning makes the row bad."""
     if config.columns is not None:
-        used = {config.columns.prompt, config.columns.completion, config.columns.system or ""}
+        used = {config.columns.prompt, config.columns.completion, config.columns.system}
     else:
-        used = set(USED_KEYS[name])
-    return used | {config.group_by or ""}
+        used = {*USED_KEYS[name]}
+    unread = [key for key in values if key not in used and key != config.group_by]
+    if unread and config.format == "auto" and (telling := telling_key(name, unread)):
+        bad("", f"also has {telling}, which {name} does not read")
+    return unread
 
 
 def _group(values: Mapping[str, Any], column: str | None) -> str | None:

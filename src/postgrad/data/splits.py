@@ -17,7 +17,7 @@ import numpy as np
 
 from postgrad.config import DataConfig
 from postgrad.data.near_duplicates import Ints, connect, find_twins, join, normalise
-from postgrad.errors import DataError
+from postgrad.errors import ConfigError, DataError
 from postgrad.types import Check, Dropped, Example, Split
 
 SMALLEST_TEST = 30
@@ -52,6 +52,7 @@ def divide(
 
     Raises:
         DataError: Too few different rows for the splits asked for.
+        ConfigError: The shares leave nothing to train on.
     """
     dropped: list[Dropped] = []
     parts = {Split.TRAIN: list(pool), **{split: list(rows) for split, rows in given.items()}}
@@ -62,6 +63,11 @@ def divide(
         for split, share in ((Split.TEST, config.test), (Split.VALIDATION, config.validation))
         if isinstance(share, float)
     }
+    if sum(shares.values()) >= 1:
+        raise ConfigError(
+            "data.validation and data.test together leave no rows for training",
+            "make them smaller: 0.1 each is usual",
+        )
     clusters = _clusters(pool, requests, config.near_duplicate) if shares else np.arange(len(pool))
     kept = _without_repeats(pool, dropped)
     _require(len(kept), len(set(clusters[kept].tolist())), len(shares) + 1, len(pool))
@@ -164,12 +170,12 @@ def _without_repeats(rows: Sequence[Example], dropped: list[Dropped]) -> list[in
     first: dict[str, Example] = {}
     kept = []
     for index, example in enumerate(rows):
-        twin = first.setdefault(example.id, example)
-        if twin is example:
+        if example.id not in first:
+            first[example.id] = example
             kept.append(index)
-        else:
-            reason = "same request and same answer as an earlier row"
-            dropped.append(Dropped(example.id, example.source, "duplicate", reason, twin.source))
+            continue
+        reason, twin = "same request and same answer as an earlier row", first[example.id]
+        dropped.append(Dropped(example.id, example.source, "duplicate", reason, twin.source))
     return kept
 
 
@@ -222,41 +228,56 @@ def _deal(
     for index in kept:
         members.setdefault(int(clusters[index]), []).append(index)
     keys = {root: min(pool[index].id for index in rows) for root, rows in members.items()}
-    order = sorted(members, key=lambda root: _hash(seed, keys[root]))
-    size = {root: len(rows) for root, rows in members.items()}
-    room = {split: max(1, round(share * len(kept))) for split, share in shares.items()}
-    largest = {split: max(1, target // 4) for split, target in room.items()}
-    chosen: dict[int, Split] = {}
-    for root in order:
-        for split in room:
-            if size[root] <= min(room[split], largest[split]):
-                chosen[root] = split
-                room[split] -= size[root]
-                break
-    for split in room:
-        _top_up(split, order, size, chosen, room, len(shares))
-    return [chosen.get(int(clusters[index]), Split.TRAIN) for index in kept]
+    deal = _Deal(
+        sorted(members, key=lambda root: _hash(seed, keys[root])),
+        {root: len(rows) for root, rows in members.items()},
+        {split: max(1, round(share * len(kept))) for split, share in shares.items()},
+    )
+    deal.fill()
+    for split in shares:
+        deal.top_up(split)
+    return [deal.chosen.get(int(clusters[index]), Split.TRAIN) for index in kept]
 
 
-def _top_up(
-    split: Split,
-    order: Sequence[int],
-    size: Mapping[int, int],
-    chosen: dict[int, Split],
-    room: dict[Split, int],
-    splits: int,
-) -> None:
-    """Move training clusters to a held-out split that is short of rows; never the last one."""
-    while True:
-        empty = split not in chosen.values()
-        free = [root for root in order if root not in chosen]
-        free = free if empty else [root for root in free if size[root] < 2 * room[split]]
-        waiting = splits - len(set(chosen.values())) - empty
-        if not free or len(order) - len(chosen) <= 1 + waiting:
-            return
-        best = min(free, key=lambda root: abs(size[root] - room[split]))
-        chosen[best] = split
-        room[split] -= size[best]
+class _Deal:
+    """Which clusters are held out, and how many rows each held-out split still lacks."""
+
+    def __init__(self, order: list[int], size: dict[int, int], room: dict[Split, int]) -> None:
+        self.order = order
+        self.size = size
+        self.room = room
+        self.chosen: dict[int, Split] = {}
+        self._taken: Counter[Split] = Counter()
+
+    def _spare(self, split: Split) -> bool:
+        """Whether a cluster can be given to `split` and leave one for every split without any."""
+        waiting = sum(not self._taken[other] for other in self.room if other is not split)
+        return len(self.order) - len(self.chosen) > 1 + waiting
+
+    def _take(self, root: int, split: Split) -> None:
+        self.chosen[root] = split
+        self._taken[split] += 1
+        self.room[split] -= self.size[root]
+
+    def fill(self) -> None:
+        """Give each cluster to the first split in which it fits and does not dominate."""
+        largest = {split: max(1, target // 4) for split, target in self.room.items()}
+        for root in self.order:
+            for split in self.room:
+                fits = self.size[root] <= min(self.room[split], largest[split])
+                if fits and self._spare(split):
+                    self._take(root, split)
+                    break
+
+    def top_up(self, split: Split) -> None:
+        """Give a split that lacks rows the training clusters that bring it nearer to its share."""
+        while self._spare(split):
+            free = [root for root in self.order if root not in self.chosen]
+            if self._taken[split]:
+                free = [root for root in free if self.size[root] < 2 * self.room[split]]
+            if not free:
+                return
+            self._take(min(free, key=lambda root: abs(self.size[root] - self.room[split])), split)
 
 
 def _cluster_facts(
