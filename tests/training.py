@@ -24,20 +24,21 @@ from postgrad.types import Tokens
 
 torch.set_num_threads(1)
 
-VOCABULARY = 250
-"""Fewer than the tiny model has."""
+RARE = 249
+"""A token that no row has."""
 
 
-def make_rows(count, seed=0, shortest=3, longest=40, weights=(1.0,), name="row"):
-    """Rows whose second half repeats the first: something that a small model can learn."""
+def make_rows(count, seed=0, shortest=3, longest=40, weights=(1.0,), name="row", first=10):
+    """Rows of random prompts and answers that count from `first` on: a small model learns that."""
     generator = np.random.default_rng(seed)
     rows = []
     for number in range(count):
         length = int(generator.integers(shortest, longest + 1))
-        half = generator.integers(3, VOCABULARY, size=(length + 1) // 2)
-        ids = np.concatenate([half, half])[:length]
+        ids = generator.integers(3, RARE, size=length)
+        answer = (length + 1) // 2
+        ids[answer:] = first + (generator.integers(8) + np.arange(length - answer)) % 8
         label_weights = np.zeros(length, np.float32)
-        label_weights[(length + 1) // 2 :] = weights[number % len(weights)]
+        label_weights[answer:] = weights[number % len(weights)]
         rows.append(Tokens(ids, label_weights, f"{name}-{number}"))
     return rows
 

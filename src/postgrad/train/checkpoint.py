@@ -125,6 +125,30 @@ def newest_valid(run: Run) -> Path | None:
     return None
 
 
+def resume(run: Run, model: Any, optimizer: torch.optim.Optimizer) -> Progress | None:
+    """Go back to the newest whole checkpoint: state, pointers and metrics; None = start afresh.
+
+    A kill may have come between a checkpoint and the pointers to it, so they are set again; what is
+    newer than the checkpoint is damaged and removed.
+    """
+    folder = newest_valid(run)
+    if folder is None:
+        run.rewind_metrics(-1)
+        return None
+    progress = load_checkpoint(folder, model, optimizer)
+    run.point("last", folder)
+    if progress.stopping is not None:
+        best = checkpoint_path(run, progress.stopping.best_step)
+        if best.exists():
+            run.point("best", best)
+    for later in run.checkpoints.glob("step-*"):
+        if later.name > folder.name:
+            run.delete(later)
+    run.rewind_metrics(progress.step)
+    run.event("resumed", step=progress.step, checkpoint=folder.name)
+    return progress
+
+
 def prune(run: Run, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints and the best one."""
     best = run.pointed("best")

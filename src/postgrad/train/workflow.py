@@ -13,13 +13,7 @@ from postgrad.model import export
 from postgrad.model.attention import training_attention
 from postgrad.progress import Display
 from postgrad.run import Run
-from postgrad.train.checkpoint import (
-    Progress,
-    load_checkpoint,
-    load_weights,
-    newest_valid,
-    save_weights,
-)
+from postgrad.train.checkpoint import Progress, load_weights, resume, save_weights
 from postgrad.train.fit import Loop, fit
 from postgrad.train.held_out import Validation
 from postgrad.train.memory import peak_memory
@@ -47,7 +41,9 @@ def train_model(session: Session, run: Run, packed: bool, display: Display) -> d
     assert isinstance(peak, float)
     assert isinstance(config.eval_steps, int)
     optimizer = make_optimizer(session.model, config, peak)
-    start = _resume(session, run, optimizer)
+    start = resume(run, session.model, optimizer)
+    if start is None:
+        torch.manual_seed(session.recipe.seed)
     stopping = config.early_stopping
     with session.attention(), peak_memory(session.model.device) as memory:
         progress = fit(
@@ -78,18 +74,6 @@ def train_model(session: Session, run: Run, packed: bool, display: Display) -> d
     return _facts(session, run, progress, restored, memory.bytes, len(stream), packed)
 
 
-def _resume(session: Session, run: Run, optimizer: torch.optim.Optimizer) -> Progress:
-    folder = newest_valid(run)
-    if folder is None:
-        run.rewind_metrics(-1)
-        torch.manual_seed(session.recipe.seed)
-        return Progress()
-    progress = load_checkpoint(folder, session.model, optimizer)
-    run.rewind_metrics(progress.step)
-    run.event("resumed", step=progress.step, checkpoint=folder.name)
-    return progress
-
-
 def restore_best(session: Session, run: Run, validation: Validation, progress: Progress) -> float:
     """Load the best checkpoint and measure it again; it must give the loss that was recorded."""
     best = run.pointed("best")
@@ -98,7 +82,7 @@ def restore_best(session: Session, run: Run, validation: Validation, progress: P
     load_weights(session.model, best)
     restored = validation(session.model, session.objective).loss
     recorded = progress.stopping.best_loss
-    if abs(restored - recorded) > RESTORE_TOLERANCE * abs(recorded):
+    if not abs(restored - recorded) <= RESTORE_TOLERANCE * abs(recorded):
         raise TrainingError(
             f"the restored best weights give a held-out loss of {restored:.6f}, "
             f"step {progress.stopping.best_step} was recorded with {recorded:.6f}",
