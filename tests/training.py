@@ -1,5 +1,6 @@
 """Small real trainings that the tests of the loop share: rows, a model, a run, a call to `fit`."""
 
+import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -137,6 +138,20 @@ def make_training(
         recipe=recipe,
         objective=SupervisedFineTuning(),
     )
+
+
+WORDS = ("yes", "no", "maybe", "number", "answer", "question", "user", "system")
+
+
+def write_rows(path: Path, count=40, seed=0) -> Path:
+    """A JSONL file of prompt/completion rows whose answer is a word of the prompt; all differ."""
+    generator = np.random.default_rng(seed)
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            words = [WORDS[index] for index in generator.integers(len(WORDS), size=6)]
+            prompt = f"{seed}-{number * 7919}: {' '.join(words)}"
+            file.write(json.dumps({"prompt": prompt, "completion": words[-1]}) + "\n")
+    return path
 
 
 def weights_of(model):

@@ -116,12 +116,18 @@ def open_session(recipe: Recipe, dataset: Dataset) -> Session:
     else:
         loaded.model.requires_grad_(True)
     if recipe.train.gradient_checkpointing:
-        loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
+        _checkpoint_activations(loaded.model)
     renderings, rows, dropped = _rows(recipe, dataset, renderer)
     full_in_bf16 = isinstance(adapt, FullConfig) and loaded.dtype == torch.bfloat16
     objective = SupervisedFineTuning(autocast=full_in_bf16)
     session = Session(recipe, loaded, renderer, renderings, rows[0], rows[1], dropped, objective)
     return _resolved(session)
+
+
+def _checkpoint_activations(model: Any) -> None:
+    """Recompute activations in the backward pass; Transformers renamed the switch on the way."""
+    renamed = getattr(model, "activation_checkpointing_enable", None)
+    (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _rows(

@@ -76,9 +76,13 @@ def train_model(session: Session, run: Run, packed: bool, display: Display) -> d
 
 def restore_best(session: Session, run: Run, validation: Validation, progress: Progress) -> float:
     """Load the best checkpoint and measure it again; it must give the loss that was recorded."""
-    best = run.pointed("best")
-    assert best is not None
     assert progress.stopping is not None
+    best = run.pointed("best")
+    if best is None:
+        raise TrainingError(
+            f"the best checkpoint (step {progress.stopping.best_step}) is gone",
+            "train again in a new run directory",
+        )
     load_weights(session.model, best)
     restored = validation(session.model, session.objective).loss
     recorded = progress.stopping.best_loss

@@ -1,0 +1,201 @@
+"""Training from a recipe to delivered weights, each claim about them measured again."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from postgrad.data.dataset import load_dataset
+from postgrad.errors import TrainingError
+from postgrad.model import lora
+from postgrad.model.attention import training_attention
+from postgrad.progress import SilentDisplay
+from postgrad.run import create_run, verify_checksums
+from postgrad.train.checkpoint import resume
+from postgrad.train.session import open_session
+from postgrad.train.workflow import export_model, restore_best, train_model
+from training import events, make_recipe, weights_of, write_rows
+
+FACTS = {
+    "best_step",
+    "best_loss",
+    "start_loss",
+    "last_step",
+    "stopped",
+    "steps",
+    "epochs",
+    "tokens",
+    "supervised_tokens",
+    "tokens_per_second",
+    "peak_memory_bytes",
+    "trainable_parameters",
+    "total_parameters",
+    "learning_rate",
+    "tokens_per_batch",
+    "micro_batch_tokens",
+    "threads",
+    "precision",
+    "packed",
+    "restored_loss",
+}
+
+
+def prepare(directory, tmp_path, adapt=None, **train):
+    """(session, run) of a small recipe."""
+    rows = write_rows(tmp_path / "rows.jsonl")
+    settings = {"max_steps": 6, "eval_steps": 2, "threads": 1, "learning_rate": 1e-2, **train}
+    recipe = make_recipe(
+        directory,
+        model={"adapt": adapt or {"r": 4}},
+        data={"train": str(rows), "validation": 0.2},
+        train=settings,
+    )
+    session = open_session(recipe, load_dataset(recipe.data, recipe.seed))
+    return session, create_run(recipe, "train", tmp_path / "run")
+
+
+@pytest.fixture
+def trained(tiny_model_dir, tmp_path):
+    session, run = prepare(tiny_model_dir, tmp_path)
+    return session, run, train_model(session, run, True, SilentDisplay())
+
+
+def restore(session, run):
+    """Restore the best checkpoint of `run` as a resumed run would."""
+    from postgrad.train.optimizer import make_optimizer
+
+    progress = resume(run, session.model, make_optimizer(session.model, session.recipe.train, 0.1))
+    with session.attention():
+        return restore_best(session, run, session.held_out(True), progress)
+
+
+def test_the_facts_of_a_training(trained):
+    session, run, facts = trained
+    assert set(facts) == FACTS
+    lines = [line for line in run.read_metrics() if "validation/loss" in line]
+    losses = {line["step"]: line["validation/loss"] for line in lines}
+    assert list(losses) == [0, 2, 4, 6]
+    assert facts["best_loss"] == min(losses.values()) == losses[facts["best_step"]]
+    assert facts["restored_loss"] == facts["best_loss"] < facts["start_loss"] == losses[0]
+    assert (facts["steps"], facts["last_step"], facts["stopped"]) == (6, 6, "end")
+    assert facts["trainable_parameters"] == sum(
+        p.numel() for p in session.model.parameters() if p.requires_grad
+    )
+    assert facts["tokens"] == session.stream(True).tokens
+    assert (facts["precision"], facts["packed"], facts["learning_rate"]) == ("float32", True, 1e-2)
+    json.dumps(facts)
+
+
+def test_recomputed_activations_change_nothing(tiny_model_dir, tmp_path):
+    found = []
+    for checkpointing in (False, True):
+        folder = tmp_path / str(checkpointing)
+        folder.mkdir()
+        session, run = prepare(
+            tiny_model_dir, folder, gradient_checkpointing=checkpointing, max_steps=2
+        )
+        assert session.model.is_activation_checkpointing == checkpointing
+        found.append(train_model(session, run, True, SilentDisplay())["best_loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_the_best_weights_are_in_the_model_and_in_the_export(trained, tiny_model_dir):
+    session, run, facts = trained
+    best = load_file(run.pointed("best") / lora.WEIGHTS)
+    now = lora.adapter_state(session.model)
+    assert all(torch.equal(best[name], now[name]) for name in best)
+    assert export_model(session, run, True) is None
+    verify_checksums(run.export / "adapter")
+    exported = load_file(run.export / "adapter" / lora.WEIGHTS)
+    assert all(torch.equal(best[name], exported[name]) for name in best)
+    assert events(run, "restored")[0]["loss"] == facts["best_loss"]
+
+
+@pytest.mark.parametrize("value", [1.5, math.nan])
+def test_weights_that_are_not_those_recorded_are_refused(trained, value):
+    session, run, facts = trained
+    assert restore(session, run) == facts["best_loss"]
+    path = run.pointed("best") / lora.WEIGHTS
+    weights = load_file(path)
+    first = next(name for name in weights if "lora_B" in name)
+    weights[first][0] = value
+    save_file(weights, path)
+    with session.attention(), pytest.raises(TrainingError, match="restored best weights give"):
+        restore_best(session, run, session.held_out(True), progress_of(run, facts))
+
+
+def progress_of(run, facts):
+    from postgrad.train.checkpoint import Progress
+    from postgrad.train.stopping import HeldOut, StoppingState
+
+    reference = HeldOut(torch.ones(2).numpy(), torch.ones(2).numpy())
+    stopping = StoppingState(facts["best_step"], facts["best_loss"], reference)
+    return Progress(facts["last_step"], stopping=stopping)
+
+
+def test_a_best_checkpoint_that_is_gone_is_told(trained):
+    session, run, facts = trained
+    (run.checkpoints / "best").unlink()
+    with session.attention(), pytest.raises(TrainingError, match=r"best checkpoint .* is gone"):
+        restore_best(session, run, session.held_out(True), progress_of(run, facts))
+
+
+def test_a_merged_model_is_measured(tiny_model_dir, tmp_path):
+    session, run = prepare(tiny_model_dir, tmp_path, merge=True)
+    facts = train_model(session, run, True, SilentDisplay())
+    before = weights_of(session.model)
+    drift = export_model(session, run, True)
+    assert drift["loss_before"] == pytest.approx(facts["best_loss"], rel=1e-6)
+    assert abs(drift["loss_after"] - drift["loss_before"]) < 1e-5
+    assert drift["max_logit_difference"] < 1e-4
+    assert drift["greedy_agreement"] == 1.0
+    assert (drift["tolerance"], drift["refused"]) == (0.02, False)
+    verify_checksums(run.export / "merged")
+    after = weights_of(session.model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_merge_that_moves_the_loss_is_refused_and_not_written(tiny_model_dir, tmp_path):
+    session, run = prepare(tiny_model_dir, tmp_path, merge=True, merge_tolerance=1e-12)
+    train_model(session, run, True, SilentDisplay())
+    with torch.no_grad():
+        for layer in lora.lora_layers(session.model).values():
+            layer.scale *= 1.01
+    with pytest.raises(TrainingError, match="merging moves the held-out loss") as error:
+        export_model(session, run, True)
+    assert "export/adapter" in error.value.remedy
+    assert not (run.export / "merged").exists()
+    assert (run.export / "adapter").exists()
+    assert run.record["merge"]["refused"] is True
+
+
+def test_full_tuning_delivers_a_model(tiny_model_dir, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    session, run = prepare(tiny_model_dir, tmp_path, adapt={"kind": "full"}, learning_rate=1e-3)
+    facts = train_model(session, run, True, SilentDisplay())
+    assert facts["trainable_parameters"] == facts["total_parameters"]
+    assert export_model(session, run, True) is None
+    plain = AutoModelForCausalLM.from_pretrained(run.export / "model").eval()
+    with training_attention(plain):
+        loss = session.held_out(True)(plain, session.objective).loss
+    assert loss == pytest.approx(facts["best_loss"], rel=1e-6)
+
+
+def test_a_session_resolves_every_auto(tiny_model_dir, tmp_path):
+    session, _ = prepare(
+        tiny_model_dir, tmp_path, learning_rate="auto", eval_steps="auto", threads="auto"
+    )
+    train = session.recipe.train
+    assert "auto" not in {
+        train.learning_rate,
+        train.tokens_per_batch,
+        train.micro_batch_tokens,
+        train.eval_steps,
+        train.eval_rows,
+        train.threads,
+    }
+    assert len(session.stream(True)) == 6
+    assert all(p.grad is None for p in session.model.parameters())
