@@ -1,5 +1,6 @@
 import hashlib
 import http.server
+import importlib.util
 import json
 import logging
 import os
@@ -202,9 +203,9 @@ def test_unwritable_cache_names_the_remedy(wheel, tmp_path, monkeypatch):
     assert "POSTGRAD_CACHE" in caught.value.remedy
 
 
-def run_python(code: str, **environment: str) -> subprocess.Popen[str]:
+def run_python(code: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *arguments],
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -228,6 +229,25 @@ REPOSITORIES = {
 }
 
 
+README = b"""---
+configs:
+- config_name: default
+  data_files:
+  - {split: train, path: train.jsonl}
+  - {split: test, path: test.jsonl}
+dataset_info:
+  features:
+  - {name: text, dtype: string}
+  - {name: label, dtype: {class_label: {names: {'0': neg, '1': pos}}}}
+---
+"""
+REPOSITORIES["datasets/org/rows"] = {
+    "README.md": README,
+    "train.jsonl": b'{"text": "a", "label": 1}\n{"text": "b", "label": null}\n',
+    "test.jsonl": b'{"text": "c", "label": 0}\n',
+}
+
+
 class Hub(http.server.BaseHTTPRequestHandler):
     """The part of the hub's HTTP interface that downloads need."""
 
@@ -243,22 +263,16 @@ class Hub(http.server.BaseHTTPRequestHandler):
         parts = self.path.split("?")[0].strip("/").split("/")
         if parts[0] == "api":
             files = REPOSITORIES.get("/".join(parts[1:4]))
-            info = {
-                "id": "/".join(parts[2:4]),
-                "sha": self.commit,
-                "siblings": [{"rfilename": name} for name in files or ()],
-            }
-            tree = [
-                {"type": "file", "path": name, "size": len(data), "oid": sha256(data)[:40]}
-                for name, data in (files or {}).items()
-            ]
-            body = json.dumps(tree if "tree" in parts else info).encode()
+            body = self.describe("/".join(parts[2:4]), files or {}, "tree" in parts)
         else:
-            files = REPOSITORIES.get("models/" + "/".join(parts[:2]))
-            body = (files or {}).get(parts[-1], b"")
-        self.send_response(200 if files else 404)
-        if not files:
-            self.send_header("X-Error-Code", "RepoNotFound")
+            kind = [] if parts[0] == "datasets" else ["models"]
+            repository = "/".join([*kind, *parts][:3])
+            files = REPOSITORIES.get(repository)
+            body = (files or {}).get(parts[-1])
+        self.send_response(404 if body is None or not files else 200)
+        if body is None or not files:
+            self.send_header("X-Error-Code", "EntryNotFound" if files else "RepoNotFound")
+        body = body or b""
         self.send_header("X-Repo-Commit", self.commit)
         self.send_header("ETag", f'"{sha256(body)[:40]}"')
         self.send_header("Content-Length", str(len(body)))
@@ -266,52 +280,80 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if self.command == "GET":
             self.wfile.write(body)
 
+    def describe(self, name, files, tree):
+        if tree:
+            rows = [
+                {"type": "file", "path": path, "size": len(data), "oid": sha256(data)[:40]}
+                for path, data in files.items()
+            ]
+            return json.dumps(rows).encode()
+        siblings = [{"rfilename": path} for path in files]
+        return json.dumps({"id": name, "sha": self.commit, "siblings": siblings}).encode()
+
     def log_message(self, *_):
         """Say nothing."""
 
 
-def test_hub_models_download_then_work_offline(tmp_path):
+@pytest.fixture
+def hub(tmp_path):
+    """A hub on this machine; yields the environment that points to it."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    code = (
-        "from postgrad.sources import resolve\n"
-        "for name in ('org/tiny', 'org/pickled', 'org/nothing'):\n"
-        "    try:\n"
-        "        print(sorted(p.name for p in resolve(name, 'model').iterdir()))\n"
-        "    except ValueError as error:\n"
-        "        print(error.message)\n"
-    )
-    environment = {
+    yield {
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HOME": str(tmp_path),
+        "HF_HOME": str(tmp_path / "hf"),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "NO_PROXY": "127.0.0.1",
+        "POSTGRAD_CACHE": str(tmp_path / "cache"),
     }
+    server.shutdown()
+    server.server_close()
+
+
+RESOLVE = """
+import sys
+from postgrad.sources import resolve
+kind, *names = sys.argv[1:]
+for name in names:
     try:
-        online = run_python(code, HF_HUB_OFFLINE="0", **environment).communicate()
-    finally:
-        server.shutdown()
-        server.server_close()
+        path = resolve(name, kind)
+        print(sorted(p.name for p in path.iterdir()) if path.is_dir() else path.read_text())
+    except ValueError as error:
+        print(error)
+"""
+
+
+def resolve_apart(environment, kind, *names):
+    """Resolve in a process of its own: the hub client reads its environment when imported."""
+    return run_python(RESOLVE, kind, *names, **environment).communicate()
+
+
+def test_hub_models_download_then_work_offline(hub):
+    names = ("org/tiny", "org/pickled", "org/nothing")
+    out, err = resolve_apart({**hub, "HF_HUB_OFFLINE": "0"}, "model", *names)
     expected = ["['config.json', 'model.safetensors']", "['config.json', 'pytorch_model.bin']"]
-    lines = online[0].splitlines()
-    assert lines[:2] == expected, online
-    assert "neither a local path nor a model on the hub" in lines[2]
-    offline = run_python(code, HF_HUB_OFFLINE="1", **environment).communicate()[0].splitlines()
-    assert offline[:2] == expected
-    assert "HF_HUB_OFFLINE is set" in offline[2]
+    assert out.splitlines()[:2] == expected, err
+    assert "org/nothing: neither a local path nor a model on the hub" in out
+    out, err = resolve_apart({**hub, "HF_HUB_OFFLINE": "1"}, "model", *names)
+    assert out.splitlines()[:2] == expected, err
+    assert "HF_HUB_OFFLINE is set" in out
 
 
-def test_hub_data_sets_say_what_to_do_when_offline(tmp_path):
-    code = (
-        "from postgrad.sources import resolve\n"
-        "try:\n"
-        "    resolve('org/rows#split=test', 'data')\n"
-        "except ValueError as error:\n"
-        "    print(error)\n"
-    )
-    out, err = run_python(code, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path)).communicate()
-    assert "org/rows: no such local path" in out, err
-    assert "postgrad[hub]" in out or "HF_HUB_OFFLINE" in out
+@pytest.mark.skipif(not importlib.util.find_spec("datasets"), reason="needs postgrad[hub]")
+def test_hub_data_sets_become_jsonl_with_class_names_and_work_offline(hub):
+    names = ("org/rows#split=train", "org/rows#split=test", "org/rows#split=x", "org/none")
+    for offline in "01":
+        out, err = resolve_apart({**hub, "HF_HUB_OFFLINE": offline}, "data", *names)
+        train = '{"text": "a", "label": "pos"}\n{"text": "b", "label": null}\n\n'
+        assert out.startswith(train + '{"text": "c", "label": "neg"}\n'), err
+        assert "which split? It has train, test" in out
+        assert "org/none: " in out
+
+
+@pytest.mark.skipif(bool(importlib.util.find_spec("datasets")), reason="postgrad[hub] is here")
+def test_hub_data_sets_need_an_extra(hub):
+    out, _ = resolve_apart({**hub, "HF_HUB_OFFLINE": "1"}, "data", "org/rows")
+    assert "pip install 'postgrad[hub]'" in out
 
 
 def test_importing_sources_loads_nothing_heavy():

@@ -397,7 +397,7 @@ def _hub_rows(name: str, options: Mapping[str, str | None]) -> Path:
         if isinstance(feature, datasets.ClassLabel)
     }
     folder = cache_directory() / "hub" / name.replace("/", "--")
-    path = folder / f"{config or 'default'}-{split}.jsonl"
+    path = folder / f"{(config or 'default').replace('/', '--')}-{split}.jsonl"
     with _cache_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
