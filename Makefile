@@ -22,9 +22,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/postgrad demo $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
 
-# The whole suite: CPU, offline, under five minutes on two cores. make test ARGS="-k run -x"
+# The whole suite: CPU, offline, under five minutes on two cores, the same examples every time.
+# make test ARGS="-k run -x"
 test: install
-	$(PYTEST) -q -m "not slow and not gpu and not network" $(ARGS)
+	$(PYTEST) -q --hypothesis-profile=ci -m "not slow and not gpu and not network" $(ARGS)
 
 check: install
 	$(BIN)/ruff check .
