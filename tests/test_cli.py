@@ -240,6 +240,8 @@ def test_a_run_cannot_be_evaluated_under_another_recipe(tmp_path, capsys):
     run = create_run(parse_recipe(tree), "train", root=tmp_path)
     assert cli.call(["evaluate", str(run.path), "evaluate.limit=3"]) == 2
     assert "recipe.yaml" in capsys.readouterr().err
+    assert cli.call(["evaluate", str(run.path), "--out", "elsewhere"]) == 2
+    assert "leave out --out" in capsys.readouterr().err
 
 
 def test_json_is_valid_whatever_is_in_it(tmp_path, capsys):

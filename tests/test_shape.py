@@ -154,6 +154,16 @@ def test_links_between_pages_lead_somewhere():
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_recipes_say_only_what_differs_from_the_defaults():
+    from postgrad.config import load_recipe
+
+    recipes = [*(ROOT / "recipes").glob("*.yaml"), *PACKAGE.rglob("*.yaml")]
+    assert recipes
+    for path in recipes:
+        assert load_recipe(path), path
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 40, path
+
+
 def test_recipes_in_the_docs_are_recipes():
     from postgrad.strict_yaml import parse_yaml
 

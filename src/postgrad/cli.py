@@ -127,6 +127,10 @@ def evaluate(
     """Compare base and tuned model on the test rows."""
     if not target.is_dir():
         return _staged("evaluate", _recipe(target, overrides), _options(out, resume))
+    if out is not None:
+        raise errors.ConfigError(
+            f"{target} is a run: its evaluation is written into it", "leave out --out"
+        )
     if overrides:
         raise errors.ConfigError(
             f"{target} is a run: its recipe cannot be overridden",
@@ -335,7 +339,8 @@ def _fail(message: str, remedy: str, code: int, kind: str, as_json: bool) -> int
 
 
 def _interrupted(as_json: bool) -> int:
-    return _fail("interrupted", "run the same command again", 130, "Interrupted", as_json)
+    remedy = "run the same command again, with --resume when it had begun a run"
+    return _fail("interrupted", remedy, 130, "Interrupted", as_json)
 
 
 def _print(document: Mapping[str, Any] | None, text: Callable[[], str], code: int) -> int:
