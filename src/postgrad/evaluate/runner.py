@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from postgrad.data.render import Renderer
-from postgrad.errors import ConfigError
+from postgrad.errors import ConfigError, DataError
 from postgrad.model.generate import generate
 from postgrad.progress import Display, SilentDisplay
 from postgrad.scoring import score
@@ -29,13 +29,18 @@ def choose_shots(train: Sequence[Example], count: int, seed: int) -> tuple[Examp
 
     Raises ConfigError when there are fewer rows than asked for.
     """
-    assert all(example.split is Split.TRAIN for example in train)
+    _require_train(train)
     if count > len(train):
         raise ConfigError(
             f"evaluate.fewshot asks for {count} examples, TRAIN has {len(train)} rows",
             "ask for fewer",
         )
     return _draw(train, count, seed)
+
+
+def _require_train(examples: Sequence[Example]) -> None:
+    """Examples in a prompt from any other split would leak answers into the measurement."""
+    assert all(example.split is Split.TRAIN for example in examples), "examples come from TRAIN"
 
 
 def _draw(examples: Sequence[Example], count: int, seed: int) -> tuple[Example, ...]:
@@ -85,6 +90,26 @@ def tool_calls_text(message: Message) -> str:
     return json.dumps(calls, sort_keys=True, ensure_ascii=False)
 
 
+def called_tools(text: str) -> str:
+    """Return the tool calls in a model's answer in the form of `tool_calls_text`.
+
+    Templates put different tags around a call, and some say `parameters`: whatever JSON object has
+    a name is taken for a call.
+    """
+    decoder, calls, start = json.JSONDecoder(), [], text.find("{")
+    while start >= 0:
+        try:
+            value, end = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError):
+            end = start + 1
+        else:
+            if "name" in value:
+                arguments = value.get("arguments", value.get("parameters", {}))
+                calls.append({"name": value["name"], "arguments": arguments})
+        start = text.find("{", end)
+    return json.dumps(calls, sort_keys=True, ensure_ascii=False)
+
+
 def run_arm(
     model: Any,
     renderer: Renderer,
@@ -102,12 +127,15 @@ def run_arm(
     """Generate an answer to every example and score it; evidence comes in the examples' order.
 
     The model sees exactly `renderer.prompt_ids(conversation.prompt)`, with the shots as earlier
-    turns. A request longer than the model's context is recorded as an error and scores 0.
+    turns. A request that the chat template refuses, or that leaves no room for the answer in the
+    model's context, is recorded as an error and scores 0.
     """
+    _require_train(shots)
     display = display or SilentDisplay()
-    prompts = [renderer.prompt_ids(with_shots(e.conversation.prompt, shots)) for e in examples]
-    context = getattr(model.config, "max_position_embeddings", None) or math.inf
-    fitting = [n for n, ids in enumerate(prompts) if len(ids) + max_new_tokens <= context]
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = context - max_new_tokens if context else math.inf
+    prompts = [_prompt(renderer, example, shots, room) for example in examples]
+    fitting = [n for n, (_, problem) in enumerate(prompts) if problem is None]
     seconds: dict[int, float] = {}
     with display.track(arm, len(fitting), unit="rows") as bar:
 
@@ -117,7 +145,7 @@ def run_arm(
 
         completions = generate(
             model,
-            [prompts[number] for number in fitting],
+            [prompts[number][0] for number in fitting],
             max_new_tokens=max_new_tokens,
             stop_ids=renderer.stop_ids,
             batch_tokens=batch_tokens,
@@ -126,34 +154,62 @@ def run_arm(
         )
     answers = dict(zip(fitting, completions, strict=True))
     return [
-        _evidence(example, answers.get(n), len(prompts[n]), scorer, pattern, seconds.get(n, 0.0))
-        for n, example in enumerate(examples)
+        _evidence(example, answers[n], len(ids), scorer, pattern, seconds[n])
+        if problem is None
+        else _failure(example, problem, len(ids), scorer)
+        for n, (example, (ids, problem)) in enumerate(zip(examples, prompts, strict=True))
     ]
+
+
+def _prompt(
+    renderer: Renderer, example: Example, shots: Sequence[Example], room: float
+) -> tuple[list[int], str | None]:
+    """Return the tokens of the request and why it cannot be asked, None when it can."""
+    try:
+        ids = renderer.prompt_ids(with_shots(example.conversation.prompt, shots))
+    except DataError as error:
+        return [], error.message
+    if not ids:
+        return ids, "the request has no tokens"
+    if len(ids) > room:
+        return ids, f"the request of {len(ids)} tokens and the answer exceed the model's context"
+    return ids, None
+
+
+def _question(example: Example) -> str:
+    users = [m.content for m in example.conversation.messages if m.role == "user"]
+    return users[-1] if users else ""
+
+
+def _failure(example: Example, problem: str, prompt_tokens: int, scorer: str) -> Evidence:
+    return Evidence(
+        example_id=example.id,
+        prompt=_question(example),
+        reference=reference(example.conversation),
+        completion="",
+        scores={scorer: Score(0.0, False, problem)},
+        prompt_tokens=prompt_tokens,
+        error=problem,
+    )
 
 
 def _evidence(
     example: Example,
-    completion: Completion | None,
+    completion: Completion,
     prompt_tokens: int,
     scorer: str,
     pattern: str | None,
     seconds: float,
 ) -> Evidence:
-    users = [m.content for m in example.conversation.messages if m.role == "user"]
     gold = reference(example.conversation)
-    prompt = users[-1] if users else ""
-    if completion is None:
-        problem = f"the request of {prompt_tokens} tokens exceeds the model's context"
-        scores = {scorer: Score(0.0, False, problem)}
-        return Evidence(
-            example.id, prompt, gold, "", scores, prompt_tokens=prompt_tokens, error=problem
-        )
+    calls = example.conversation.messages[-1].tool_calls
+    given = called_tools(completion.text) if calls else completion.text
     return Evidence(
         example_id=example.id,
-        prompt=prompt,
+        prompt=_question(example),
         reference=gold,
         completion=completion.text,
-        scores={scorer: score(scorer, completion.text, gold, pattern)},
+        scores={scorer: score(scorer, given, gold, pattern)},
         stop_reason=completion.stop_reason,
         prompt_tokens=prompt_tokens,
         completion_tokens=len(completion.ids),

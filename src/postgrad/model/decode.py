@@ -27,8 +27,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, Dyna
 from transformers.cache_utils import DynamicLayer
 
 NAME = "postgrad-decode"
-PREFILL_TOKENS = 2048
-"""Tokens of one forward pass over prompts: large enough for full speed, small for the cache."""
+PREFILL_TOKENS = {"cpu": 768}
+"""Tokens of one pass over prompts by kind of device, `MOST_PREFILL_TOKENS` elsewhere. On a CPU more
+would leave its caches, and rows of one pass are padded to the longest inside the attention."""
+MOST_PREFILL_TOKENS = 8192
 
 Pair = tuple[Tensor, Tensor]
 
@@ -116,12 +118,13 @@ class SharedDecoder:
         self._generated = 0
 
     def prefill(self) -> Tensor:
-        """Read the prompts, a few thousand tokens at a time; see `Decoder`."""
+        """Read the prompts, some hundred or thousand tokens at a time; see `Decoder`."""
         sizes = self._lengths.tolist()
+        most = PREFILL_TOKENS.get(self._lengths.device.type, MOST_PREFILL_TOKENS)
         logits, first = [], 0
         while first < len(sizes):
             end, tokens = first + 1, sizes[first]
-            while end < len(sizes) and tokens + sizes[end] <= PREFILL_TOKENS:
+            while end < len(sizes) and tokens + sizes[end] <= most:
                 tokens += sizes[end]
                 end += 1
             logits.append(self._read(first, end))
@@ -331,7 +334,9 @@ def _attention(
     rows, key_heads = len(query), key.shape[1]
     grouped = query.reshape(rows, key_heads, -1, query.shape[-1]).transpose(0, 1)
     grouped = grouped.reshape(1, key_heads, -1, query.shape[-1])
-    shared, weight = _attend(grouped, *decoding.prefix.layers[module.layer_idx], scale)
+    layer: int = module.layer_idx
+    keys, values = decoding.prefix.layers[layer]
+    shared, weight = _attend(grouped, keys, values, scale)
     shared = shared.view(key_heads, rows, -1, own.shape[-1]).transpose(0, 1).reshape(own.shape)
     weight = weight.view(key_heads, rows, -1).transpose(0, 1).reshape(own_weight.shape)
     share = torch.sigmoid(weight - own_weight).unsqueeze(-1).to(own.dtype)
