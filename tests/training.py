@@ -1,6 +1,7 @@
 """Small real trainings that the tests of the loop share: rows, a model, a run, a call to `fit`."""
 
 import json
+import signal
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from postgrad.config import LoraConfig, Recipe, parse_recipe
 from postgrad.model import lora
 from postgrad.model.attention import training_attention
-from postgrad.run import Run, create_run
-from postgrad.train.fit import Loop, fit
+from postgrad.run import Run, create_run, read_jsonl
+from postgrad.train.fit import Loop, Probe, fit
 from postgrad.train.held_out import Validation
 from postgrad.train.optimizer import make_optimizer
 from postgrad.train.schedule import learning_rate
@@ -74,6 +75,11 @@ class Training:
     run: Run
     recipe: Recipe
     objective: SupervisedFineTuning
+
+    def stream_supervised(self):
+        """Label weights of the whole plan."""
+        steps = range(len(self.stream))
+        return sum(batch.supervised for step in steps for batch in self.stream.step(step))
 
     def go(self, *, start=None, patience=None, min_delta="1se", probes=(), world=None, **loop):
         train = self.recipe.train
@@ -160,11 +166,15 @@ def weights_of(model):
 
 
 def timeless(run: Run):
-    """The lines of metrics.jsonl without the clock."""
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in run.read_metrics()]
+    """The figures of metrics.jsonl without the clock (and without probes that have none)."""
+    lines = [{k: v for k, v in line.items() if k != "seconds"} for line in run.read_metrics()]
+    return [line for line in lines if set(line) != {"step", "tokens"}]
+
+
+def stop_at(step, number=signal.SIGINT):
+    """A probe that sends this process a signal after `step` steps."""
+    return Probe("stop", step, lambda _: signal.raise_signal(number) or {})
 
 
 def events(run: Run, kind: str):
-    from postgrad.run import read_jsonl
-
     return [event for event in read_jsonl(run.events_path) if event["event"] == kind]

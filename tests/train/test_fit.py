@@ -13,7 +13,7 @@ from postgrad.errors import Interrupted, TrainingError
 from postgrad.model.attention import training_attention
 from postgrad.train.checkpoint import checkpoint_path, resume
 from postgrad.train.fit import Probe
-from training import RARE, events, make_rows, make_training, timeless, weights_of
+from training import RARE, events, make_rows, make_training, stop_at, timeless, weights_of
 
 STEP = {"train/loss", "train/grad_norm", "train/learning_rate", "train/supervised_tokens"}
 EVALUATION = {"validation/loss", "validation/se", "validation/best"}
@@ -193,9 +193,8 @@ def test_probes_run_at_their_own_interval(training):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_a_signal_saves_and_says_so(training, number):
     before = signal.getsignal(number)
-    stop = Probe("stop", 3, lambda _: signal.raise_signal(number) or {})
     with pytest.raises(Interrupted, match="interrupted after step 3; the checkpoint is saved") as e:
-        training.go(probes=[stop])
+        training.go(probes=[stop_at(3, number)])
     assert e.value.exit_code == 130
     assert "--resume" in e.value.remedy
     assert training.run.pointed("last") == checkpoint_path(training.run, 3).resolve()
@@ -214,9 +213,8 @@ def test_a_second_interrupt_does_not_wait(training):
 
 
 def test_a_signal_at_the_last_step_loses_nothing(training):
-    stop = Probe("stop", 8, lambda _: signal.raise_signal(signal.SIGINT) or {})
     with pytest.raises(Interrupted):
-        training.go(probes=[stop])
+        training.go(probes=[stop_at(8)])
     progress = resume(training.run, training.model, training.optimizer)
     before = timeless(training.run)
     assert training.go(start=progress).step == 8
@@ -234,10 +232,9 @@ def test_it_runs_outside_the_main_thread(training):
 def test_a_damaged_newest_checkpoint_costs_only_time(tiny_model_dir, tmp_path):
     whole = make_training(tiny_model_dir, tmp_path / "whole", max_steps=8)
     whole.go()
-    stop = Probe("stop", 6, lambda _: signal.raise_signal(signal.SIGINT) or {})
     first = make_training(tiny_model_dir, tmp_path / "broken", max_steps=8)
     with pytest.raises(Interrupted):
-        first.go(probes=[stop])
+        first.go(probes=[stop_at(6)])
     file = checkpoint_path(first.run, 6) / "state.json"
     file.write_bytes(file.read_bytes()[:10])
     again = make_training(tiny_model_dir, tmp_path / "broken", max_steps=8, run=first.run)
