@@ -135,6 +135,7 @@ def make_training(
         max_steps=max_steps,
     )
     torch.manual_seed(recipe.seed)
+    torch.set_num_threads(1)
     return Training(
         model=model,
         stream=stream,
