@@ -14,7 +14,7 @@ from postgrad.data.dataset import Dataset, load_dataset, read_dataset, save_data
 from postgrad.errors import ConfigError
 from postgrad.progress import Display, SilentDisplay
 from postgrad.run import Run, create_run, find_resumable, read_json
-from postgrad.types import Split
+from postgrad.types import Check, Split
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ def doctor(recipe: Recipe) -> dict[str, Any]:
     from postgrad.train.session import open_session
 
     dataset = load_dataset(recipe.data, recipe.seed)
-    checks = open_session(recipe, dataset).checks(dataset.checks)
+    checks = open_session(recipe, dataset).checks(_data_checks(dataset, recipe))
     return {"checks": [asdict(check) for check in checks]}
 
 
@@ -153,6 +153,8 @@ def _open(recipe: Recipe, verb: str, options: Options) -> Iterator[Run]:
     run = find_resumable(recipe, verb, options.out) if options.resume else None
     resumed = run is not None
     run = run or create_run(recipe, verb, options.out)
+    if options.resume and not resumed:
+        options.show.note("nothing to resume: this is a new run")
     options.show.note(f"{'resuming' if resumed else 'run'} {run.path}")
     with run.lock():
         try:
@@ -192,7 +194,7 @@ def _train(run: Run, dataset: Dataset, options: Options) -> None:
     with _timed(run, "preflight", options):
         session = open_session(run.config, dataset)
         run.write_text(run.config_path, session.recipe.to_yaml())
-        checks = session.checks(dataset.checks)
+        checks = session.checks(_data_checks(dataset, session.recipe))
         write_checks(run, checks)
         run.add_dropped(asdict(row) for row in session.dropped)
         refuse(checks)
@@ -201,6 +203,14 @@ def _train(run: Run, dataset: Dataset, options: Options) -> None:
         facts = train_model(session, run, packed, options.show)
         merge = export_model(session, run, packed)
         run.update(train=facts, **({"merge": merge} if merge else {}))
+
+
+def _data_checks(dataset: Dataset, recipe: Recipe) -> tuple[Check, ...]:
+    """Return the checks of the rows alone, the test rows' references included."""
+    from postgrad.evaluate.runner import check_references
+
+    tests, scoring = dataset.of(Split.TEST), recipe.evaluate
+    return (*dataset.checks, check_references(tests, scoring.scorer, scoring.pattern))
 
 
 def _evaluate(run: Run, dataset: Dataset, options: Options) -> None:

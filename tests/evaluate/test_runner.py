@@ -11,6 +11,7 @@ from postgrad.data.render import Renderer
 from postgrad.errors import ConfigError
 from postgrad.evaluate.runner import (
     called_tools,
+    check_references,
     choose_shots,
     reference,
     resolve_max_new_tokens,
@@ -183,3 +184,12 @@ def test_progress_counts_the_rows(model, renderer, tokenizer):
     stream = io.StringIO()
     arm(model, renderer, tokenizer, TEST, display=LineDisplay(stream))
     assert "tuned: 6 of 6 rows" in stream.getvalue()
+
+
+def test_references_that_no_answer_could_match_are_found_before_training():
+    prose = Example("a", Conversation((Message("user", "q"), Message("assistant", "no json"))), "f:1")
+    found = check_references([prose], "json")
+    assert not found.passed
+    assert found.rows == ("f:1",)
+    assert "json" in found.detail
+    assert check_references([prose], "exact_match").passed

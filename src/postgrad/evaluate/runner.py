@@ -11,8 +11,8 @@ from postgrad.data.render import Renderer
 from postgrad.errors import ConfigError, DataError
 from postgrad.model.generate import generate
 from postgrad.progress import Display, SilentDisplay
-from postgrad.scoring import score
-from postgrad.types import Completion, Conversation, Evidence, Example, Message, Score, Split
+from postgrad.scoring import reference_problem, score
+from postgrad.types import Check, Completion, Conversation, Evidence, Example, Message, Score, Split
 
 SPARE = 1.25
 """An answer may be this much longer than the longest one in TRAIN."""
@@ -49,6 +49,27 @@ def _draw(examples: Sequence[Example], count: int, seed: int) -> tuple[Example, 
     generator = np.random.default_rng(seed)
     chosen = generator.choice(len(examples), count, replace=False)
     return tuple(examples[index] for index in sorted(chosen.tolist()))
+
+
+def check_references(examples: Sequence[Example], scorer: str, pattern: str | None = None) -> Check:
+    """Check before training that a right answer to every test row could pass at all.
+
+    A reference that is no JSON can never be matched by the `json` scorer, one without a number
+    never by `numeric`: such a test would measure nothing.
+    """
+    found = [(e, reference_problem(scorer, reference(e.conversation), pattern)) for e in examples]
+    wrong = [(example, problem) for example, problem in found if problem]
+    if not wrong:
+        detail = f"every test row's reference can be matched by {scorer}"
+        return Check("references-scorable", True, detail)
+    return Check(
+        "references-scorable",
+        False,
+        f"{len(wrong)} of {len(examples)} test rows can never pass {scorer}: {wrong[0][1]}",
+        "choose another evaluate.scorer, or correct the answers of these rows",
+        tuple(example.source for example, _ in wrong[:30]),
+        len(wrong),
+    )
 
 
 def resolve_max_new_tokens(
