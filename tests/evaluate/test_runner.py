@@ -187,7 +187,8 @@ def test_progress_counts_the_rows(model, renderer, tokenizer):
 
 
 def test_references_that_no_answer_could_match_are_found_before_training():
-    prose = Example("a", Conversation((Message("user", "q"), Message("assistant", "no json"))), "f:1")
+    conversation = Conversation((Message("user", "q"), Message("assistant", "no json")))
+    prose = Example("a", conversation, "f:1")
     found = check_references([prose], "json")
     assert not found.passed
     assert found.rows == ("f:1",)
