@@ -349,7 +349,7 @@ def create_run(recipe: Recipe, verb: str, out: Path | None = None, root: Path | 
         f"{out} exists and is not empty", "choose another --out, remove it, or add --resume"
     )
     with disk_errors(out or root or Path("runs")):
-        if out is not None and out.exists() and not _is_empty(out):
+        if out is not None and out.exists() and not _is_free(out, recipe):
             raise taken
         path = out or _free_directory(root or Path("runs"), recipe, verb)
         path.mkdir(parents=True, exist_ok=True)
@@ -419,8 +419,15 @@ def read_json(path: Path) -> Any:
         raise RunError(f"{path} is not JSON", "restore it or rerun") from None
 
 
-def _is_empty(path: Path) -> bool:
-    return path.is_dir() and all(entry.name == LOCK for entry in path.iterdir())
+def _is_free(path: Path, recipe: Recipe) -> bool:
+    """Whether a directory holds nothing, or only what a killed `create_run` of this recipe left."""
+
+    def ours(entry: Path) -> bool:
+        if entry.name == Run(path).recipe_path.name:
+            return entry.read_bytes() == recipe.to_yaml().encode()
+        return entry.name == LOCK or (entry.name.startswith(".") and entry.suffix == ".tmp")
+
+    return path.is_dir() and all(ours(entry) for entry in path.iterdir())
 
 
 def _free_directory(root: Path, recipe: Recipe, verb: str) -> Path:
