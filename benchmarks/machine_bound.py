@@ -1,0 +1,130 @@
+"""What this machine could do at best: matrix products of the model's own shapes, timed.
+
+Usage: python machine_bound.py BASE. Prints one JSON document.
+
+Counted for LoRA, in multiplications and additions (2 for each weight), per token:
+
+    frozen layers   2 forward and 2 for the gradient of the input; a frozen weight needs no gradient
+    adapters        2 forward and 4 backward, for A and B
+    output head     2 forward and 2 backward, on supervised positions only
+
+Nothing else is counted: no attention scores, norms, activations, optimizer or batch layout. A
+trainer that did only these products, each at its best speed, would be at 100 %.
+"""
+
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from postgrad.machine import available_cores
+from postgrad.model.load import model_directory
+
+TOKENS = 2048
+"""Rows of the activation matrix: more makes a product no faster."""
+HEAD_TOKENS = 512
+WINDOWS = 3
+WINDOW_SECONDS = 0.15
+"""Long enough for the clock of a processor under load to settle."""
+RANK = 16
+
+Shape = tuple[int, int]
+
+
+def linear_shapes(directory: Path) -> tuple[Counter[Shape], Shape]:
+    """Return how often each [out, in] occurs among the frozen layers, and the head's shape."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+    head = model.get_output_embeddings()
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    counts = Counter((m.out_features, m.in_features) for m in layers)
+    return counts, (head.out_features, head.in_features)
+
+
+def gflops(shape: Shape, tokens: int, dtype: torch.dtype) -> tuple[float, float]:
+    """Return GFLOP/s of x Wᵀ (forward) and of g W (gradient of the input)."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    out, width = shape
+    weight = torch.randn(out, width, device=device).to(dtype)
+    x = torch.randn(tokens, width, device=device).to(dtype)
+    gradient = torch.randn(tokens, out, device=device).to(dtype)
+    work = 2 * tokens * out * width
+    return work / _seconds(x, weight.t()) / 1e9, work / _seconds(gradient, weight) / 1e9
+
+
+def _seconds(a: Tensor, b: Tensor) -> float:
+    """Time one product as training would repeat it: the best of several windows.
+
+    The result is written to memory that is there already.
+    """
+    result = torch.empty(len(a), b.shape[1], dtype=a.dtype, device=a.device)
+    torch.mm(a, b, out=result)
+    windows = []
+    for _ in range(WINDOWS):
+        _finish(a)
+        began = time.perf_counter()
+        count = 0
+        while count == 0 or time.perf_counter() - began < WINDOW_SECONDS:
+            torch.mm(a, b, out=result)
+            count += 1
+        _finish(a)
+        windows.append((time.perf_counter() - began) / count)
+    return min(windows)
+
+
+def _finish(tensor: Tensor) -> None:
+    """Wait for a device that works ahead."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
+
+
+def measure(counts: Counter[Shape], head: Shape, dtype: torch.dtype) -> dict[str, Any]:
+    """Return seconds per token of the counted products, and the speed of each shape."""
+    speeds = {shape: gflops(shape, TOKENS, dtype) for shape in counts}
+    head_speed = gflops(head, HEAD_TOKENS, dtype)
+    fastest = max(max(pair) for pair in speeds.values())
+    frozen = {shape: 2 * shape[0] * shape[1] * number for shape, number in counts.items()}
+    frozen_seconds = sum(
+        frozen[shape] * (1 / forward + 1 / backward)
+        for shape, (forward, backward) in speeds.items()
+    )
+    adapter_flops = 6 * sum(RANK * (o + i) * number for (o, i), number in counts.items())
+    head_flops = 2 * head[0] * head[1]
+    total = 2 * sum(frozen.values())
+    return {
+        "gflops": total / frozen_seconds,
+        "frozen_seconds_per_token": frozen_seconds / 1e9,
+        "adapter_seconds_per_token": adapter_flops / fastest / 1e9,
+        "head_seconds_per_supervised_token": sum(head_flops / speed for speed in head_speed) / 1e9,
+        "frozen_flops_per_token": total,
+        "adapter_flops_per_token": adapter_flops,
+        "head_flops_per_supervised_token": 2 * head_flops,
+        "shapes": {
+            f"{o}x{i}": [round(forward, 1), round(backward, 1)]
+            for (o, i), (forward, backward) in {**speeds, head: head_speed}.items()
+        },
+    }
+
+
+def main() -> None:
+    """Measure with one thread and with all; keep the faster."""
+    directory = model_directory(sys.argv[1])
+    counts, head = linear_shapes(directory)
+    found: dict[str, Any] = {}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        for threads in sorted({1, available_cores()}):
+            torch.set_num_threads(threads)
+            result = {"threads": threads, **measure(counts, head, dtype)}
+            if name not in found or result["gflops"] > found[name]["gflops"]:
+                found[name] = result
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
