@@ -197,7 +197,8 @@ def _prompt(
     return ids, None
 
 
-def _question(example: Example) -> str:
+def question(example: Example) -> str:
+    """Return the last user message: what evidence shows and a linear model gets to see."""
     users = [m.content for m in example.conversation.messages if m.role == "user"]
     return users[-1] if users else ""
 
@@ -205,7 +206,7 @@ def _question(example: Example) -> str:
 def _failure(example: Example, problem: str, prompt_tokens: int, scorer: str) -> Evidence:
     return Evidence(
         example_id=example.id,
-        prompt=_question(example),
+        prompt=question(example),
         reference=reference(example.conversation),
         completion="",
         scores={scorer: Score(0.0, False, problem)},
@@ -227,7 +228,7 @@ def _evidence(
     given = called_tools(completion.text) if calls else completion.text
     return Evidence(
         example_id=example.id,
-        prompt=_question(example),
+        prompt=question(example),
         reference=gold,
         completion=completion.text,
         scores={scorer: score(scorer, given, gold, pattern)},

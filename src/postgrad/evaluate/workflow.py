@@ -15,6 +15,7 @@ from postgrad.evaluate.evidence import read_evidence, write_evidence
 from postgrad.evaluate.linear import linear_floor
 from postgrad.evaluate.runner import (
     choose_shots,
+    question,
     resolve_max_new_tokens,
     run_arm,
     sample_test,
@@ -156,9 +157,9 @@ def _references(recipe: Recipe, dataset: Dataset, tests: Sequence[Example]) -> l
     """Return what a simple linear model reaches on the same rows, when answers are labels."""
     train = dataset.of(Split.TRAIN)
     floor = linear_floor(
-        [request(example) for example in train],
+        [question(example) for example in train],
         [example.conversation.answer for example in train],
-        [request(example) for example in tests],
+        [question(example) for example in tests],
         [example.conversation.answer for example in tests],
         confidence=recipe.evaluate.confidence,
         seed=recipe.seed,
@@ -175,9 +176,3 @@ def _references(recipe: Recipe, dataset: Dataset, tests: Sequence[Example]) -> l
             "source": floor.source,
         }
     ]
-
-
-def request(example: Example) -> str:
-    """Return the last user message: what a linear model gets to see."""
-    users = [m.content for m in example.conversation.messages if m.role == "user"]
-    return users[-1] if users else ""

@@ -4,7 +4,9 @@ A GGUF file is dequantised once into a plain model directory in the cache; from 
 model like any other.
 """
 
+import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
@@ -174,7 +176,8 @@ def convert_gguf(path: Path) -> Path:
 
 
 def _convert(path: Path, target: Path) -> None:
-    with quiet_transformers():
+    # the GGUF reader has a bar of its own that no setting of Transformers switches off
+    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
         source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
         tokenizer = AutoTokenizer.from_pretrained(**source)
         quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
