@@ -178,7 +178,7 @@ def _choices(longest: int, quick: bool) -> list[tuple[str, list[tuple[str, Any]]
                 ("fp32 throughout", precision("float32", False)),
             ],
         ),
-        ("rows of similar length", [(f"{n} rows a step", grouped(n)) for n in (2, 4, 8, 16)]),
+        ("rows of similar length", [(f"{n} rows a step", grouped(n)) for n in (1, 2, 4, 16)]),
         ("packing", [(f"rows of {n} tokens", packed(n)) for n in (row, 2 * row)]),
         ("threads", [("1 thread", lambda s: replace(s, threads=1))]),
     ]
