@@ -89,10 +89,11 @@ def evaluate_run(run: Run, dataset: Dataset, display: Display) -> dict[str, Any]
 def _verdict(
     measurements: Sequence[Measurement], comparisons: Sequence[Comparison], confidence: float
 ) -> str:
-    best = compare.best_base(measurements)
-    if best is None or not comparisons:
-        return "no comparison: there is no tuned model" if not comparisons else "no base arm"
-    return compare.headline(comparisons, confidence)
+    if comparisons:
+        return compare.headline(comparisons, confidence)
+    if any(measurement.arm == TUNED for measurement in measurements):
+        return "no comparison: evaluate.fewshot names no base arm"
+    return "no comparison: there is no tuned model"
 
 
 def _evidence(
