@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -85,10 +84,10 @@ def test_its_losses_are_those_of_fit(example, rows, rendered, tiny_model_dir, tm
     assert rates == pytest.approx([rate(step) for step in range(STEPS)], rel=1e-12)
 
 
-def test_it_runs_from_the_command_line(tiny_model_dir, tmp_path):
+def test_it_runs_from_the_command_line(example, tiny_model_dir, tmp_path, monkeypatch, capsys):
     path = write_rows(tmp_path / "rows.jsonl", 6)
-    command = [sys.executable, str(PATH), str(tiny_model_dir), str(path)]
     options = ["--steps", "2", "--rows-per-step", "3"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    assert [line.split()[:2] for line in done.stdout.splitlines()] == [["step", "1"], ["step", "2"]]
+    monkeypatch.setattr(sys, "argv", [PATH.name, str(tiny_model_dir), str(path), *options])
+    example.main()
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in printed] == [["step", "1"], ["step", "2"]]

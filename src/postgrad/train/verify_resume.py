@@ -60,7 +60,10 @@ def train(recipe: Path, out: Path, *flags: str) -> Run:
 
 
 def kill_midway(recipe: Path, out: Path, after_step: int) -> int:
-    """Start a training and kill -9 it once `after_step` is in metrics.jsonl; returns the step."""
+    """Start a training and kill -9 it once `after_step` is in metrics.jsonl; returns the step.
+
+    Raises TrainingError when it ended before: then nothing would be proved.
+    """
     with subprocess.Popen(
         _command(recipe, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
@@ -68,7 +71,12 @@ def kill_midway(recipe: Path, out: Path, after_step: int) -> int:
             if last_step(Run(out)) >= after_step:
                 os.kill(process.pid, signal.SIGKILL)
                 break
-            time.sleep(0.02)
+            time.sleep(0.005)
+    if process.returncode != -signal.SIGKILL:
+        raise TrainingError(
+            f"training ended with exit code {process.returncode} before it could be killed",
+            "run the proof again",
+        )
     return last_step(Run(out))
 
 
