@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
@@ -12,7 +13,7 @@ from postgrad.model import lora
 from postgrad.model.attention import training_attention
 from postgrad.train import sft
 from postgrad.train.optimizer import trainable
-from postgrad.train.sft import SupervisedFineTuning
+from postgrad.train.sft import SupervisedFineTuning, has_plain_head
 from postgrad.types import Tokens
 from training import load_model, make_rows
 
@@ -218,6 +219,43 @@ def test_full_tuning_in_bfloat16_keeps_float32_weights_and_gradients(tiny_model_
     exact = plain(model, rows).sum()
     assert value(loss.total) == pytest.approx(value(exact), rel=1e-2)
     close(found, gradients(model, exact), 5e-2)
+
+
+SMALL = {
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "plain_head", "settings"),
+    [
+        ("Llama", True, {}),
+        ("Qwen3", True, {"head_dim": 8}),
+        ("Granite", False, {"logits_scaling": 4.0}),
+        ("Cohere", False, {}),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_models_that_scale_their_logits_go_through_their_own_head(
+    kind, plain_head, settings, dtype
+):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**SMALL, **settings)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).to(dtype)
+    assert has_plain_head(model) is plain_head
+    rows = make_rows(5, seed=3)
+    [(_, loss)] = ours(model, rows, objective=SupervisedFineTuning(has_plain_head(model)))
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    exact = plain(model, rows)
+    assert value(loss.total) == pytest.approx(value(exact.sum()), rel=tolerance)
+    close(gradients(model, loss.total), gradients(model, exact.sum()), 10 * tolerance)
 
 
 @pytest.mark.parametrize("half", [False, True])

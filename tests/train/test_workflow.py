@@ -2,10 +2,12 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GraniteConfig, GraniteForCausalLM
 
 from postgrad.data.dataset import load_dataset
 from postgrad.errors import TrainingError
@@ -182,6 +184,24 @@ def test_full_tuning_delivers_a_model(tiny_model_dir, tmp_path):
     with training_attention(plain):
         loss = session.held_out(True)(plain, session.objective).loss
     assert loss == pytest.approx(facts["best_loss"], rel=1e-6)
+
+
+def test_a_model_that_scales_its_logits_is_trained_through_its_own_head(tiny_model_dir, tmp_path):
+    from postgrad.train.preflight import failed
+
+    directory = shutil.copytree(tiny_model_dir, tmp_path / "granite")
+    small = json.loads((directory / "config.json").read_text())
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    keys += ("num_attention_heads", "num_key_value_heads", "pad_token_id", "initializer_range")
+    torch.manual_seed(0)
+    config = GraniteConfig(**{key: small[key] for key in keys}, logits_scaling=4.0)
+    GraniteForCausalLM(config).save_pretrained(directory)
+    session, run = prepare(directory, tmp_path)
+    assert not session.objective.fused
+    assert failed(session.checks(())) == []
+    facts = train_model(session, run, True, SilentDisplay())
+    assert facts["best_loss"] < facts["start_loss"]
+    assert len(events(run, "logits-kept")) == 1
 
 
 def test_a_session_resolves_every_auto(tiny_model_dir, tmp_path):

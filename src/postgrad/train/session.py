@@ -27,7 +27,7 @@ from postgrad.train.plan import (
     resolve_train,
 )
 from postgrad.train.preflight import preflight
-from postgrad.train.sft import SupervisedFineTuning
+from postgrad.train.sft import SupervisedFineTuning, has_plain_head
 from postgrad.train.stream import Stream
 from postgrad.types import Batch, Check, Dropped, Split, Tokens
 
@@ -119,7 +119,7 @@ def open_session(recipe: Recipe, dataset: Dataset) -> Session:
         _checkpoint_activations(loaded.model)
     renderings, rows, dropped = _rows(recipe, dataset, renderer)
     full_in_bf16 = isinstance(adapt, FullConfig) and loaded.dtype == torch.bfloat16
-    objective = SupervisedFineTuning(autocast=full_in_bf16)
+    objective = SupervisedFineTuning(has_plain_head(loaded.model), autocast=full_in_bf16)
     session = Session(recipe, loaded, renderer, renderings, rows[0], rows[1], dropped, objective)
     return _resolved(session)
 

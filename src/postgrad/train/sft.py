@@ -107,6 +107,19 @@ class SupervisedFineTuning:
         return (losses * weights).sum(dtype=torch.float64), losses.detach()
 
 
+def has_plain_head(model: Any) -> bool:
+    """Whether logits are the output head applied to the last hidden states, and nothing more.
+
+    Models that scale or cap their logits (Granite, Cohere) must go through their own head.
+    """
+    head = model.get_output_embeddings()
+    ids = torch.arange(4, device=head.weight.device).unsqueeze(0)
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        logits = model(input_ids=ids, use_cache=False).logits.float()
+        return torch.allclose(head(hidden).float(), logits, rtol=1e-5, atol=1e-5)
+
+
 def model_inputs(batch: Batch, device: Any) -> dict[str, Any]:
     """Return what the model gets: ids, positions, and the layout of a packed row.
 

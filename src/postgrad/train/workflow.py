@@ -44,6 +44,8 @@ def train_model(session: Session, run: Run, packed: bool, display: Display) -> d
     start = resume(run, session.model, optimizer)
     if start is None:
         torch.manual_seed(session.recipe.seed)
+    if not session.objective.fused:
+        run.event("logits-kept", reason="this model scales or caps its logits")
     stopping = config.early_stopping
     with session.attention(), peak_memory(session.model.device) as memory:
         progress = fit(
