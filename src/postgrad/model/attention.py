@@ -121,8 +121,8 @@ class _BucketAttention(torch.autograd.Function):
 
     q [T, H, D], k and v [T, K, D], H a multiple of K: the H / K query heads that share a key head
     are stacked along the query axis, so grouped-query attention needs no repeated keys. Padding
-    stands behind every document, so the causal mask hides it from real queries; the probabilities
-    of padded queries are set to zero, so that they add nothing to any gradient.
+    stands behind every document, so the causal mask hides it from real queries; the gradient that
+    reaches padded queries is zero, so they add nothing to any other.
     """
 
     @staticmethod
@@ -137,9 +137,6 @@ class _BucketAttention(torch.autograd.Function):
             qb, kb, vb = _gather(q, bucket, group), _gather(k, bucket, 1), _gather(v, bucket, 1)
             bias = _causal_bias(bucket.length, group, q.dtype, q.device)
             p = torch.softmax(torch.baddbmm(bias, qb, kb.transpose(1, 2), alpha=scale), dim=-1)
-            if bucket.padded:
-                real = (bucket.index < tokens).view(bucket.count, 1, 1, bucket.length, 1)
-                p.view(bucket.count, -1, group, bucket.length, bucket.length).mul_(real)
             probabilities.append(p)
             _scatter(out, torch.bmm(p, vb), bucket, group)
         ctx.save_for_backward(q, k, v, *probabilities)
