@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -69,6 +70,9 @@ def content(run: Run):
     def timeless(line):
         return {key: value for key, value in line.items() if key not in volatile}
 
+    measured = read_json(run.measurements_path)
+    for reference in measured["references"]:
+        reference["source"] = re.sub(r" in \d+ s\b", "", reference["source"])
     weights = sorted(run.export.rglob("*.safetensors"))
     assert weights
     return {
@@ -78,7 +82,7 @@ def content(run: Run):
             path.name: [timeless(row) for row in read_jsonl(path)]
             for path in sorted(run.path.glob("evidence/*.jsonl"))
         },
-        "measurements": read_json(run.measurements_path),
+        "measurements": measured,
         "train": timeless(run.record["train"]),
         "rows": run.kept_path.read_bytes(),
         "config": run.config_path.read_bytes(),
