@@ -25,8 +25,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 NAME = "postgrad"
 BUCKET_LIMIT = 384
 """Documents up to this many tokens are bucketed, longer ones go to the flash kernel."""
-BUCKET_RATIO = 0.8
-"""Shortest document of a bucket, as a share of its longest."""
+LENGTH_MULTIPLE = 16
+"""A bucket is padded to a multiple of this many tokens and holds a power of two of documents, so
+that few distinct shapes occur in a run (see train.sft.ROW_MULTIPLE)."""
 BUCKET_TOKENS = 2048
 """Padded tokens in one bucket: keeps the score matrices in the cache."""
 
@@ -89,25 +90,27 @@ def make_layout(
             long.append((starts[number], starts[number + 1]))
         else:
             short.append(number)
-    short.sort(key=lambda number: (-lengths[number], number))
-    buckets: list[Bucket] = []
-    group: list[int] = []
+    by_length: dict[int, list[int]] = {}
     for number in short:
-        longest = lengths[group[0]] if group else 0
-        full = (len(group) + 1) * longest > BUCKET_TOKENS
-        if group and (full or lengths[number] < BUCKET_RATIO * longest - 8):
-            buckets.append(_bucket(group, starts, lengths, device))
-            group = []
-        group.append(number)
-    if group:
-        buckets.append(_bucket(group, starts, lengths, device))
+        rounded = -(-lengths[number] // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+        by_length.setdefault(rounded, []).append(number)
+    buckets: list[Bucket] = []
+    for longest, group in sorted(by_length.items()):
+        while group:
+            most = max(1, min(len(group), BUCKET_TOKENS // longest))
+            count = 1 << (most.bit_length() - 1)
+            buckets.append(_bucket(group[:count], longest, starts, lengths, device))
+            group = group[count:]
     return Layout(tuple(lengths), tuple(buckets), tuple(long))
 
 
 def _bucket(
-    group: list[int], starts: list[int], lengths: Sequence[int], device: torch.device | None
+    group: list[int],
+    longest: int,
+    starts: list[int],
+    lengths: Sequence[int],
+    device: torch.device | None,
 ) -> Bucket:
-    longest = lengths[group[0]]
     begin = torch.tensor([starts[n] for n in group]).unsqueeze(1)
     size = torch.tensor([lengths[n] for n in group]).unsqueeze(1)
     offset = torch.arange(longest).unsqueeze(0)

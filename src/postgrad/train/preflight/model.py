@@ -271,7 +271,7 @@ def _hidden(model: Any, batch: Batch) -> Tensor:
     """[1, S, H] last hidden states."""
     device = model.get_input_embeddings().weight.device
     hidden: Tensor = model.base_model(**model_inputs(batch, device)).last_hidden_state
-    return hidden
+    return hidden[:, : batch.ids.shape[1]]
 
 
 @dataclass(frozen=True, slots=True)
