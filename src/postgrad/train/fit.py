@@ -234,7 +234,9 @@ def _interruptible() -> Iterator[threading.Event]:
 
     def handle(number: int, _: object) -> None:
         flag.set()
-        signal.signal(number, before[signal.Signals(number)])
+        ignored = before[signal.Signals(number)] is signal.SIG_IGN  # by a shell, for a job with &
+        at_once = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, at_once if ignored else before[signal.Signals(number)])
 
     for name in before:
         signal.signal(name, handle)
