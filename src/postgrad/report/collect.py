@@ -37,6 +37,9 @@ class Reference:
     value: float
     n: int | None = None
     source: str = ""
+    low: float | None = None
+    high: float | None = None
+    """Ends of its Wilson interval, when it was measured on this run's test rows."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,8 @@ from postgrad.report.words import (
     percent,
     points,
     points_interval,
+    reference_interval,
+    reference_method,
     training_notes,
     unknowns,
     verdict,
@@ -182,9 +184,9 @@ def _measurements(evaluation: Evaluation) -> Html:
             tag("i", reference.name),
             f"{evaluation.task} · {metric_name(evaluation.metric)}",
             percent(reference.value),
-            "not given",
+            reference_interval(reference),
             count(reference.n) if reference.n is not None else "not given",
-            "outside this run",
+            reference_method(reference),
             reference.source or "no source given",
         ]
         for reference in evaluation.references

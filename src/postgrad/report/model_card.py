@@ -29,6 +29,8 @@ from postgrad.report.words import (
     percent,
     points,
     points_interval,
+    reference_interval,
+    reference_method,
     size,
     training_notes,
     unknowns,
@@ -264,8 +266,8 @@ def _evaluation(report: Report) -> list[str]:
     ]
     for r in evaluation.references:
         rows.append([_text(r.name), _text(evaluation.task), metric_name(evaluation.metric)])
-        rows[-1] += [percent(r.value), "not given"]
-        rows[-1] += ["not given" if r.n is None else count(r.n), "outside this run"]
+        rows[-1] += [percent(r.value), reference_interval(r)]
+        rows[-1] += ["not given" if r.n is None else count(r.n), reference_method(r)]
         rows[-1] += [_text(r.source) or "no source given"]
     heads = ["Arm", "Task", "Metric", "Value", _within(evaluation), "n", "Interval by", "Evidence"]
     return [

@@ -281,6 +281,18 @@ def reference_name(reference: Reference) -> str:
     return f"{reference.name} ({percent(reference.value)}{rows})"
 
 
+def reference_interval(reference: Reference) -> str:
+    """Return the interval of an outside figure, when one was measured."""
+    if reference.low is None or reference.high is None:
+        return "not given"
+    return interval(reference.low, reference.high)
+
+
+def reference_method(reference: Reference) -> str:
+    """Say how the interval of an outside figure was made, or that it was not made here."""
+    return "outside this run" if reference.low is None else method_name("wilson")
+
+
 def unknowns(report: Report) -> list[str]:
     """Return what this run does not show, one sentence each, the most serious first."""
     found = []
