@@ -189,7 +189,7 @@ def test_two_processes_train_as_one(tiny_model_dir, tmp_path):
         assert rank["held_out"] == pytest.approx(one["held_out"], rel=1e-6)
         for key, value in one.items():
             if isinstance(value, torch.Tensor):
-                limit = 1e-6 * max(1.0, float(value.norm()))
+                limit = 2e-6 * max(1.0, float(value.norm()))
                 assert float((rank[key] - value).norm()) <= limit, key
         for ours, theirs in zip(rank["metrics"], one["metrics"], strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7)

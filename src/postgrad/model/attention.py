@@ -22,6 +22,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from postgrad.model.fused import fused_layers
+from postgrad.model.kernels import call, usable
+
 NAME = "postgrad"
 BUCKET_LIMIT = 384
 """Documents up to this many tokens are bucketed, longer ones go to the flash kernel."""
@@ -138,8 +141,7 @@ class _BucketAttention(torch.autograd.Function):
         probabilities = []
         for bucket in buckets:
             qb, kb, vb = _gather(q, bucket, group), _gather(k, bucket, 1), _gather(v, bucket, 1)
-            bias = _causal_bias(bucket.length, group, q.dtype, q.device)
-            p = torch.softmax(torch.baddbmm(bias, qb, kb.transpose(1, 2), alpha=scale), dim=-1)
+            p = _causal_softmax(torch.bmm(qb, kb.transpose(1, 2)), scale)
             probabilities.append(p)
             _scatter(out, torch.bmm(p, vb), bucket, group)
         ctx.save_for_backward(q, k, v, *probabilities)
@@ -156,10 +158,9 @@ class _BucketAttention(torch.autograd.Function):
             go, qb = _gather(grad, bucket, group), _gather(q, bucket, group)
             kb, vb = _gather(k, bucket, 1), _gather(v, bucket, 1)
             _scatter(dv, torch.bmm(p.transpose(1, 2), go), bucket, 1)
-            dp = torch.bmm(go, vb.transpose(1, 2))
-            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-            _scatter(dq, torch.bmm(ds, kb).mul_(scale), bucket, group)
-            _scatter(dk, torch.bmm(ds.transpose(1, 2), qb).mul_(scale), bucket, 1)
+            ds = _causal_softmax_backward(torch.bmm(go, vb.transpose(1, 2)), p, scale)
+            _scatter(dq, torch.bmm(ds, kb), bucket, group)
+            _scatter(dk, torch.bmm(ds.transpose(1, 2), qb), bucket, 1)
         return dq[:tokens], dk[:tokens], dv[:tokens], None, None
 
 
@@ -180,14 +181,43 @@ def _room(like: Tensor, buckets: tuple[Bucket, ...]) -> Tensor:
 def _gather(x: Tensor, bucket: Bucket, group: int) -> Tensor:
     """[T + 1, heads, D] -> [count * heads / group, group * length, D]."""
     heads, width = x.shape[1], x.shape[2]
-    rows = x.view(-1, width).index_select(0, bucket.head_rows(heads, group))
+    index = bucket.head_rows(heads, group)
+    if usable(x):
+        rows = x.new_empty(len(index), width)
+        call("gather", x.dtype, x, index, rows, len(index), width)
+    else:
+        rows = x.view(-1, width).index_select(0, index)
     return rows.view(-1, group * bucket.length, width)
 
 
 def _scatter(target: Tensor, rows: Tensor, bucket: Bucket, group: int) -> None:
     """Write rows [count * heads / group, group * length, D] back; padding goes past the end."""
     heads, width = target.shape[1], target.shape[2]
-    target.view(-1, width).index_copy_(0, bucket.head_rows(heads, group), rows.view(-1, width))
+    index = bucket.head_rows(heads, group)
+    if usable(target, rows):
+        call("scatter", rows.dtype, rows, index, target, len(index), width)
+    else:
+        target.view(-1, width).index_copy_(0, index, rows.view(-1, width))
+
+
+def _causal_softmax(scores: Tensor, scale: float) -> Tensor:
+    """Turn scores [N, group * L, L] into probabilities in place; queries see no later key."""
+    length = scores.shape[-1]
+    if usable(scores):
+        call("causal_softmax", scores.dtype, scores, scale, scores.numel() // length, length)
+        return scores
+    bias = _causal_bias(length, scores.shape[1] // length, scores.dtype, scores.device)
+    return scores.mul_(scale).add_(bias).softmax(-1)
+
+
+def _causal_softmax_backward(dp: Tensor, p: Tensor, scale: float) -> Tensor:
+    """Return the gradient of the scores from that of the probabilities; may write over `dp`."""
+    length = p.shape[-1]
+    if usable(dp, p):
+        rows = p.numel() // length
+        call("causal_softmax_backward", p.dtype, dp, p, scale, rows, length)
+        return dp
+    return torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale)  # type: ignore[no-any-return]
 
 
 @functools.lru_cache(maxsize=512)
@@ -286,10 +316,11 @@ AttentionMaskInterface.register(NAME, lambda **_: None)
 
 @contextmanager
 def training_attention(model: Any) -> Iterator[None]:
-    """Run the model with our attention inside the block and its own outside."""
+    """Run the model with our attention and fused layers inside the block, its own outside."""
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     try:
-        yield
+        with fused_layers(model):
+            yield
     finally:
         model.set_attn_implementation(before)

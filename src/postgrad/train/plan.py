@@ -6,8 +6,8 @@ from postgrad.config import FullConfig, LoraConfig, TrainConfig
 
 ROWS_PER_BATCH = 16
 EVALUATIONS = 10
-CPU_MICRO_BATCH = 4096
-"""Beyond a few thousand tokens a CPU gains nothing and its caches lose."""
+CPU_MICRO_BATCH = 2048
+"""Beyond two thousand tokens a CPU gains no speed, only memory grows (LOG.md, 2026-11-25)."""
 GPU_MICRO_BATCH = 16384
 ACTIVATION_SHARE = 0.5
 """Share of the free memory that activations may take."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from postgrad.model.attention import make_layout
+from postgrad.model.fused import cross_entropy
 from postgrad.types import Batch, LossSum
 
 ROW_MULTIPLE = 64
@@ -43,17 +44,13 @@ class _FusedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
             h, y = hidden[part], labels[part]
-            logits = functional.linear(h, matrix, bias).float()
-            log_sum = torch.logsumexp(logits, dim=-1, keepdim=True)
-            losses[part] = (log_sum - logits.gather(1, y.unsqueeze(1))).squeeze(1)
-            if grad_hidden is None:
+            logits = functional.linear(h, matrix, bias)
+            losses[part], delta = cross_entropy(logits, y, w[part], gradient=needs_grad)
+            if delta is None:
                 continue
-            probabilities = logits.sub_(log_sum).exp_()
-            probabilities.scatter_add_(1, y.unsqueeze(1), torch.full_like(log_sum, -1.0))
-            probabilities.mul_(w[part].unsqueeze(1))
+            assert grad_hidden is not None
             if grad_bias is not None:
-                grad_bias += probabilities.sum(0)
-            delta = probabilities.to(hidden.dtype)
+                grad_bias += delta.sum(0, dtype=torch.float32)
             grad_hidden[part] = delta @ matrix
             if grad_weight is not None:
                 grad_weight += (delta.t() @ h).float()

@@ -18,6 +18,7 @@ from postgrad.config import TrainConfig
 from postgrad.data.batches import micro_batches
 from postgrad.data.render import Rendering
 from postgrad.model.attention import BUCKET_LIMIT, NAME, training_attention
+from postgrad.model.fused import own_layers
 from postgrad.train.objective import Objective
 from postgrad.train.optimizer import trainable
 from postgrad.train.preflight.memory import fits_in_memory
@@ -291,7 +292,7 @@ def loss_matches_reference(
     The reference shares nothing with the training path: Transformers' own attention, one row at a
     time, all logits in float32, labels shifted here.
     """
-    with _transformers_attention(model):
+    with _transformers_code(model):
         reference = measure(model, (_reference_loss(model, row) for row in rows), rows)
     return _compare(
         "loss-matches-reference",
@@ -334,11 +335,12 @@ def _objective_losses(
 
 
 @contextmanager
-def _transformers_attention(model: Any) -> Iterator[None]:
+def _transformers_code(model: Any) -> Iterator[None]:
     before = model.config._attn_implementation
     model.set_attn_implementation("sdpa" if before == NAME else before)
     try:
-        yield
+        with own_layers(model):
+            yield
     finally:
         model.set_attn_implementation(before)
 
