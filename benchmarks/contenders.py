@@ -29,6 +29,10 @@ OURS, DEFAULTS, BEST, UNSLOTH = "postgrad", "TRL defaults", "TRL best", "Unsloth
 CONTENDERS = (OURS, DEFAULTS, BEST, UNSLOTH)
 PEERS = {DEFAULTS: "trl", BEST: "trl", UNSLOTH: "unsloth"}
 """Contender -> name of its files below peers/."""
+WITHOUT = {"unsloth": ("torchvision",)}
+"""Peer -> what it requires and does not need here. The published torchvision is built for a CUDA
+torch: beside a CPU torch it does not load, and Unsloth then refuses to start; without it, it runs.
+"""
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 Method = Literal["lora", "full"]
 
@@ -112,7 +116,9 @@ def environments(contenders: Sequence[str]) -> tuple[dict[str, Path], dict[str, 
     missing: dict[str, str] = {}
     for name in dict.fromkeys(PEERS[c] for c in contenders if c in PEERS):
         try:
-            found[name] = peer_python(HERE / "peers" / f"{name}-requirements.txt")
+            found[name] = peer_python(
+                HERE / "peers" / f"{name}-requirements.txt", WITHOUT.get(name, ())
+            )
         except ContenderError as error:
             say(f"{name}: {error}")
             missing[name] = last_line(error)

@@ -223,11 +223,12 @@ def contender_environment() -> dict[str, str]:
     }
 
 
-def peer_python(requirements: Path) -> Path:
+def peer_python(requirements: Path, without: Sequence[str] = ()) -> Path:
     """Return the Python of the peer's own environment; makes it in the cache the first time.
 
     It gets the very build of torch that runs here, so that both sides multiply with the same
-    library and no other build (of several GB, for CUDA) is ever fetched in its place.
+    library and no other build (of several GB, for CUDA) is ever fetched in its place. Packages in
+    `without` are taken out again.
 
     Raises:
         ContenderError: pip cannot install it; pip's last words are in the message.
@@ -246,6 +247,9 @@ def peer_python(requirements: Path) -> Path:
         if found.returncode:
             tail = "\n".join(found.stderr.splitlines()[-15:])
             raise ContenderError(f"pip cannot install {requirements.name} with {torch}:\n{tail}")
+        if without:
+            remove = [python, "-m", "pip", "uninstall", "--quiet", "--yes", *without]
+            subprocess.run(remove, check=True, stdout=sys.stderr)
         (folder / "complete").touch()
     return python
 

@@ -70,32 +70,39 @@ def search(measure: Trial, start: Setting, choices: Sequence[Choice]) -> dict[st
 
 
 def choices_of(
-    contender: str, method: Method, longest: int, known: Setting | None, quick: bool
+    contender: str,
+    method: Method,
+    longest: int,
+    quick: bool,
+    *,
+    precision: Setting | None = None,
+    layout: Setting | None = None,
 ) -> tuple[Setting, tuple[Choice, ...]]:
     """Return the setting to start from and what is tried.
 
-    Precision and threads depend on the machine and the method, not on the rows: with `known`, the
-    setting found on other rows, they are taken from it.
+    What is known is not looked for again: `precision`, found with this method on other rows
+    (precision, checkpointing and threads depend on the machine and the method), and `layout`, found
+    with LoRA on these rows (full tuning tries more rows only: its optimizer step costs more).
     """
-    precision = {BEST: _trl_precisions(method), UNSLOTH: _unsloth_precisions()}[contender]
+    options = _trl_precisions(method) if contender == BEST else _unsloth_options()
+    start = layout or _grouped(8)(Setting({"gradient_checkpointing": False}))
+    choices = [options]
+    if precision is not None:
+        kept = {k: v for k, v in precision.sft.items() if k in ("bf16", "gradient_checkpointing")}
+        start = replace(precision, sft={**start.sft, **kept})
+        choices = [Choice("start", (("as found before", lambda s: s),))]
     if quick:
-        return Setting({"gradient_checkpointing": False}), (
-            Choice("precision", precision.options[:1]),
-        )
-    layout = [
-        Choice("more rows", tuple((f"{n} rows", _grouped(n)) for n in (16, 32)), ordered=True),
-        Choice("fewer rows", tuple((f"{n} rows", _grouped(n)) for n in (4, 2, 1)), ordered=True),
-    ]
-    if contender == BEST:
+        return start, (Choice(choices[0].name, choices[0].options[:1]),)
+    choices.append(_rows("more rows", (16, 32)))
+    if layout is None:
+        choices.append(_rows("fewer rows", (4, 2, 1)))
         row = -(-longest // 256) * 256
         packed = tuple((f"rows of {n} tokens", _packed(n)) for n in (row, 2 * row))
-        layout.append(Choice("packing", packed, ordered=True))
-    eight = Choice("similar lengths", (("8 rows", _grouped(8)),))
-    if known is not None:
-        kept = {k: v for k, v in known.sft.items() if k in ("bf16", "gradient_checkpointing")}
-        return replace(known, sft=kept), (eight, *layout)
-    threads = Choice("threads", (("1 thread", lambda s: replace(s, threads=1)),))
-    return Setting({"gradient_checkpointing": False}), (precision, eight, *layout, threads)
+        if contender == BEST:
+            choices.append(Choice("packing", packed, ordered=True))
+    if precision is None and layout is None:
+        choices.append(Choice("threads", (("1 thread", lambda s: replace(s, threads=1)),)))
+    return start, tuple(choices)
 
 
 def _trl_precisions(method: Method) -> Choice:
@@ -115,7 +122,7 @@ def _trl_precisions(method: Method) -> Choice:
     return Choice("precision", tuple(kept))
 
 
-def _unsloth_precisions() -> Choice:
+def _unsloth_options() -> Choice:
     """Unsloth chooses the precision itself (bf16 where the processor has it)."""
     return Choice(
         "checkpointing",
@@ -126,9 +133,14 @@ def _unsloth_precisions() -> Choice:
     )
 
 
+def _rows(name: str, sizes: tuple[int, ...]) -> Choice:
+    """Return a choice of how many rows of similar length make a step."""
+    return Choice(name, tuple((f"{n} rows", _grouped(n)) for n in sizes), ordered=True)
+
+
 def _grouped(size: int) -> Change:
     return lambda s: s.with_arguments(
-        per_device_train_batch_size=size, train_sampling_strategy="group_by_length"
+        packing=False, per_device_train_batch_size=size, train_sampling_strategy="group_by_length"
     )
 
 

@@ -67,7 +67,7 @@ def plan_of(method: Method, repetitions: int, seconds: float, quick: bool) -> Pl
     if quick:
         return Plan(min(repetitions, 1), QUICK)
     full = method == "full"
-    timing = Timing(2, 0.6 * seconds if full else seconds, 1 if full else 2, warmup_seconds=10)
+    timing = Timing(2, 0.5 * seconds if full else seconds, 1 if full else 2, warmup_seconds=10)
     return Plan(min(repetitions, 2) if full else repetitions, timing)
 
 
@@ -113,9 +113,13 @@ class Speed:
             say(f"looking for the fastest setting: {key}")
             began = time.monotonic()
             start, choices = peer_search.choices_of(
-                contender, method, part["rows"]["longest_tokens"],
-                known_setting(known, contender, method), self.quick,
-            )  # fmt: skip
+                contender,
+                method,
+                part["rows"]["longest_tokens"],
+                self.quick,
+                precision=known_setting(known, f"{contender}, {method}, "),
+                layout=known_setting(known, f"{contender}, lora, {kind}"),
+            )
             timing = QUICK if self.quick else TRIAL
             found = peer_search.search(
                 lambda setting, least: self.bench.measure(
@@ -161,12 +165,10 @@ class Speed:
         self.save()
 
 
-def known_setting(found: Mapping[str, Any], contender: str, method: Method) -> Setting | None:
-    """Return the setting found for other rows, whose precision and threads hold here too."""
-    for key, value in found.items():
-        if key.startswith(f"{contender}, {method}, "):
-            return Setting(**value["setting"])
-    return None
+def known_setting(found: Mapping[str, Any], prefix: str) -> Setting | None:
+    """Return the first setting found under a key that begins with `prefix`."""
+    keys = (key for key in found if key.startswith(prefix))
+    return next((Setting(**found[key]["setting"]) for key in keys), None)
 
 
 def machine_bound(model: Path, precisions: Sequence[str]) -> dict[str, Any]:
@@ -194,21 +196,29 @@ def row_facts(data: Path, model: Path) -> dict[str, Any]:
     }
 
 
+def read_result(path: Path, hardware: Mapping[str, Any]) -> dict[str, Any]:
+    """Read an earlier result; the machine must be of the same kind, its memory to the byte not."""
+    document: dict[str, Any] = read_json(path)
+    for key in ("processor", "features", "cores"):
+        if document["hardware"][key] != hardware[key]:
+            raise SystemExit(f"{path} was measured on other hardware: {document['hardware']}")
+    return document
+
+
 def found_before(path: Path, hardware: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that an earlier result found, on the same hardware only."""
-    document = read_json(path)
-    if document["hardware"] != hardware:
-        raise SystemExit(f"{path}: found on other hardware: {document['hardware']}")
-    found: dict[str, Any] = document["found"]
+    """Return the settings that an earlier result found."""
+    found: dict[str, Any] = read_result(path, hardware)["found"]
     return found
 
 
 def resumed(path: Path, new: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the document of a run that was stopped, if this run measures the same thing."""
-    document: dict[str, Any] = read_json(path)
-    for key in ("benchmark", "hardware", "model", "quick", "settings"):
+    """Return the document of a stopped run of this very measurement; who failed is tried again."""
+    document = read_result(path, new["hardware"])
+    for key in ("benchmark", "model", "quick", "settings"):
         if document[key] != new[key]:
             raise SystemExit(f"{path}: {key} was {document[key]}, not {new[key]}")
+    for part in document["measured"]:
+        part["failed"] = {}
     if document["commit"] != new["commit"]:
         say(f"{path} was begun at commit {document['commit']}")
     return document
@@ -219,7 +229,10 @@ def arguments() -> argparse.Namespace:
     methods = list(get_args(Method))
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few steps: proves that it runs")
-    parser.add_argument("--kinds", nargs="+", default=list(rows.KINDS), choices=list(rows.KINDS))
+    parser.add_argument(
+        "--kinds", nargs="+", choices=list(rows.KINDS),
+        help="of rows; default: all, full tuning on chat rows only",
+    )  # fmt: skip
     parser.add_argument("--methods", nargs="+", default=methods, choices=methods)
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
     parser.add_argument("--rows", type=Path, help="measure this JSONL instead of made rows")
@@ -240,7 +253,7 @@ def written_rows(options: argparse.Namespace, folder: Path) -> Iterator[tuple[st
     else:
         sources = [
             (kind, rows.write_rows(folder / f"{kind}.jsonl", kind, ROWS, SEED))
-            for kind in options.kinds
+            for kind in options.kinds or rows.KINDS
         ]
     for kind, path in sources:
         trial = folder / f"{path.stem}-trial.jsonl"
@@ -290,6 +303,8 @@ def main() -> None:
         for method in options.methods:
             plan = plan_of(method, options.repetitions, options.seconds, options.quick)
             for kind, file, trial in data:
+                if method == "full" and kind == "short" and not options.kinds:
+                    continue
                 speed.measure(method, kind, file, trial, plan)
     say(f"{(time.monotonic() - began) / 60:.0f} minutes")
     print(speed_table(document["measured"]))
