@@ -50,7 +50,7 @@ from postgrad.run import read_json
 ROWS, TRIAL_ROWS = 2000, 500
 SEED = 7
 SEARCHED = peer_search.SEARCHED
-TRIAL = Timing(1, 8, 1)
+TRIAL = Timing(1, 8, 1, limit_seconds=300)
 QUICK = Timing(1, 1, 1)
 
 
