@@ -74,15 +74,15 @@ def compare(
             "p": mcnemar_exact(only_bf16, only_fp32), "n": n, "only_fp32_right": only_fp32,
             "only_bf16_right": only_bf16, "margin": ACCURACY_MARGIN,
         },
-        "loss_shown": high <= LOSS_MARGIN,
+        "loss_shown": high is not None and high <= LOSS_MARGIN,
         "accuracy_shown": interval.low >= -ACCURACY_MARGIN,
     }  # fmt: skip
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+def mean_interval(values: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
     """Return Student's t interval of a mean; one value says nothing about its own spread."""
     if len(values) < 2:
-        return -math.inf, math.inf
+        return None, None
     quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
     half = quantile * statistics.stdev(values) / math.sqrt(len(values))
     return statistics.mean(values) - half, statistics.mean(values) + half
@@ -92,10 +92,13 @@ def verdict(found: dict[str, Any]) -> str:
     """Return the comparison in words."""
     loss, accuracy = found["held_out_loss"], found["accuracy"]
     shown = {True: "shown", False: "NOT shown"}
+    interval = "no interval from one seed"
+    if loss["low"] is not None:
+        interval = f"95 % {loss['low']:+.4f} to {loss['high']:+.4f}, {loss['seeds']} seeds"
     return "\n".join(
         [
             f"held-out loss, bf16 minus fp32: {loss['difference']:+.4f} nats per token "
-            f"(95 % {loss['low']:+.4f} to {loss['high']:+.4f}, {loss['seeds']} seeds); "
+            f"({interval}); "
             f"no more than {loss['margin']:g} higher: {shown[found['loss_shown']]}",
             f"accuracy, bf16 minus fp32: {100 * accuracy['difference']:+.1f} points "
             f"(95 % {100 * accuracy['low']:+.1f} to {100 * accuracy['high']:+.1f}, "
