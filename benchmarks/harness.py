@@ -8,6 +8,7 @@ same for everyone: started, warmed up, timed, its memory read, ended.
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -27,10 +28,16 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 POLL_SECONDS = 0.2
 ENDING_SECONDS = 120.0
+HOPELESS_SECONDS = 3.0
+"""Nobody is broken off before so much training: the first step is never typical."""
 
 
 class ContenderError(RuntimeError):
     """A contender ended before it was measured."""
+
+
+class HopelessError(ContenderError):
+    """A contender was broken off because it is far slower than another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +45,37 @@ class Timing:
     """How long a contender is watched."""
 
     warmup_steps: int
-    """Optimizer steps before the clock starts."""
+    """Optimizer steps before the clock starts, at most."""
     seconds: float
     """Training time after them, at least."""
     least_steps: int
     """Optimizer steps after them, at least."""
     limit_seconds: float = 1800.0
     """After this long from the start it is given up."""
+    warmup_seconds: float = math.inf
+    """A step that ends after so much training is the last that does not count."""
+    hopeless_rate: float = 0.0
+    """Broken off when it makes fewer tokens per second than this, its first seconds included."""
+
+    def uncounted(self, lines: Sequence[Mapping[str, Any]]) -> int | None:
+        """Return how many of the steps were warm-up; None when the warm-up goes on."""
+        for number, line in enumerate(lines, 1):
+            if number >= self.warmup_steps or line["seconds"] >= self.warmup_seconds:
+                return number
+        return None
+
+    def enough(self, lines: Sequence[Mapping[str, Any]]) -> bool:
+        """Return whether enough steps and seconds were timed."""
+        uncounted = self.uncounted(lines)
+        if uncounted is None or len(lines) < uncounted + self.least_steps:
+            return False
+        return bool(lines[-1]["seconds"] - lines[uncounted - 1]["seconds"] >= self.seconds)
+
+    def hopeless(self, lines: Sequence[Mapping[str, Any]]) -> bool:
+        """Return whether it need not be watched any longer."""
+        if not lines or lines[-1]["seconds"] < HOPELESS_SECONDS:
+            return False
+        return bool(lines[-1]["tokens"] < self.hopeless_rate * lines[-1]["seconds"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,21 +143,23 @@ def watch(
         while process.poll() is None:
             peak = _highest(peak, process.pid)
             lines = _steps(metrics)
-            if len(lines) > timing.warmup_steps + timing.least_steps:
-                timed = lines[-1]["seconds"] - lines[timing.warmup_steps - 1]["seconds"]
-                if timed >= timing.seconds:
-                    break
+            if timing.enough(lines):
+                break
+            if timing.hopeless(lines):
+                rate = lines[-1]["tokens"] / lines[-1]["seconds"]
+                raise HopelessError(f"broken off at {rate:.0f} tokens/s")
             if time.monotonic() - began > timing.limit_seconds:
                 break
             time.sleep(POLL_SECONDS)
     finally:
         _end(process)
     lines = _steps(metrics)
-    timed_lines = lines[timing.warmup_steps :]
+    uncounted = timing.uncounted(lines) or len(lines)
+    timed_lines = lines[uncounted:]
     if len(timed_lines) < timing.least_steps:
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
         raise ContenderError(f"{len(lines)} steps, exit code {process.returncode}; {log}:\n{tail}")
-    first, last = lines[timing.warmup_steps - 1], lines[-1]
+    first, last = lines[uncounted - 1], lines[-1]
     return Measured(
         steps=len(timed_lines),
         tokens=last["tokens"] - first["tokens"],
@@ -190,12 +223,17 @@ def contender_environment() -> dict[str, str]:
     }
 
 
-def peer_python(requirements: Path) -> Path:
+def peer_python(requirements: Path, without: Sequence[str] = ()) -> Path:
     """Return the Python of the peer's own environment; makes it in the cache the first time.
 
-    It gets the torch that runs here, so that both sides multiply with the same library.
+    It gets the very build of torch that runs here, so that both sides multiply with the same
+    library and no other build (of several GB, for CUDA) is ever fetched in its place. Packages in
+    `without` are taken out again.
+
+    Raises:
+        ContenderError: pip cannot install it; pip's last words are in the message.
     """
-    torch = f"torch=={metadata.version('torch').partition('+')[0]}"
+    torch = f"torch=={metadata.version('torch')}"
     text = requirements.read_text(encoding="utf-8") + torch + sys.version
     key = hashlib.sha256(text.encode()).hexdigest()[:10]
     folder = cache_directory() / "benchmarks" / f"{requirements.stem.partition('-')[0]}-{key}"
@@ -205,7 +243,13 @@ def peer_python(requirements: Path) -> Path:
         say(f"making the peer's environment in {folder}")
         subprocess.run([sys.executable, "-m", "venv", folder], check=True, stdout=sys.stderr)
         install = [python, "-m", "pip", "install", "--quiet", "-r", requirements, torch]
-        subprocess.run(install, check=True, stdout=sys.stderr)
+        found = subprocess.run(install, capture_output=True, text=True)
+        if found.returncode:
+            tail = "\n".join(found.stderr.splitlines()[-15:])
+            raise ContenderError(f"pip cannot install {requirements.name} with {torch}:\n{tail}")
+        if without:
+            remove = [python, "-m", "pip", "uninstall", "--quiet", "--yes", *without]
+            subprocess.run(remove, check=True, stdout=sys.stderr)
         (folder / "complete").touch()
     return python
 
@@ -233,7 +277,9 @@ def write_result(document: Mapping[str, Any], name: str, out: Path | None) -> Pa
     """Write results/<date>-<hardware>-<name>.json, or `out`."""
     path = out or RESULTS / f"{document['date']}-{hardware_slug(document['hardware'])}-{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
     return path
 
 

@@ -1,12 +1,16 @@
 """What this machine could do at best: matrix products of the model's own shapes, timed.
 
-Usage: python machine_bound.py BASE. Prints one JSON document.
+Usage: python machine_bound.py BASE [bf16] [fp32]. Prints one JSON document.
 
-Counted for LoRA, in multiplications and additions (2 for each weight), per token:
+Counted in multiplications and additions (2 for each weight), per token:
 
-    frozen layers   2 forward and 2 for the gradient of the input; a frozen weight needs no gradient
-    adapters        2 forward and 4 backward, for A and B
-    output head     2 forward and 2 backward, on supervised positions only
+                    LoRA                                    full tuning
+    linear layers   2 forward and 2 for the gradient of     2 forward and 4 backward
+                    the input: the weight is frozen
+    adapters        2 forward and 4 backward, for A and B   none
+    output head     2 forward and 2 backward                2 forward and 4 backward
+
+The head counts on supervised positions only.
 
 Nothing else is counted: no attention scores, norms, activations, optimizer or batch layout. A
 trainer that did only these products, each at its best speed, would be at 100 %.
@@ -30,9 +34,11 @@ TOKENS = 2048
 """Rows of the activation matrix: more makes a product no faster."""
 HEAD_TOKENS = 512
 WINDOWS = 3
-WINDOW_SECONDS = 0.15
+WINDOW_SECONDS = 0.1
 """Long enough for the clock of a processor under load to settle."""
 RANK = 16
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 Shape = tuple[int, int]
 
@@ -47,15 +53,21 @@ def linear_shapes(directory: Path) -> tuple[Counter[Shape], Shape]:
     return counts, (head.out_features, head.in_features)
 
 
-def gflops(shape: Shape, tokens: int, dtype: torch.dtype) -> tuple[float, float]:
-    """Return GFLOP/s of x Wᵀ (forward) and of g W (gradient of the input)."""
+def gflops(shape: Shape, tokens: int, dtype: torch.dtype) -> tuple[float, float, float]:
+    """Return GFLOP/s of x Wᵀ (forward), g W (gradient of the input), gᵀ x (of the weight)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out, width = shape
     weight = torch.randn(out, width, device=device).to(dtype)
     x = torch.randn(tokens, width, device=device).to(dtype)
     gradient = torch.randn(tokens, out, device=device).to(dtype)
     work = 2 * tokens * out * width
-    return work / _seconds(x, weight.t()) / 1e9, work / _seconds(gradient, weight) / 1e9
+    seconds = (
+        _seconds(x, weight.t()),
+        _seconds(gradient, weight),
+        _seconds(gradient.t(), x),
+    )
+    forward, backward, weight_gradient = (work / each / 1e9 for each in seconds)
+    return forward, backward, weight_gradient
 
 
 def _seconds(a: Tensor, b: Tensor) -> float:
@@ -88,12 +100,13 @@ def measure(counts: Counter[Shape], head: Shape, dtype: torch.dtype) -> dict[str
     """Return seconds per token of the counted products, and the speed of each shape."""
     speeds = {shape: gflops(shape, TOKENS, dtype) for shape in counts}
     head_speed = gflops(head, HEAD_TOKENS, dtype)
-    fastest = max(max(pair) for pair in speeds.values())
+    fastest = max(max(speed) for speed in speeds.values())
     frozen = {shape: 2 * shape[0] * shape[1] * number for shape, number in counts.items()}
     frozen_seconds = sum(
         frozen[shape] * (1 / forward + 1 / backward)
-        for shape, (forward, backward) in speeds.items()
+        for shape, (forward, backward, _) in speeds.items()
     )
+    weight_seconds = sum(frozen[shape] / speed[2] for shape, speed in speeds.items())
     adapter_flops = 6 * sum(RANK * (o + i) * number for (o, i), number in counts.items())
     head_flops = 2 * head[0] * head[1]
     total = 2 * sum(frozen.values())
@@ -101,13 +114,17 @@ def measure(counts: Counter[Shape], head: Shape, dtype: torch.dtype) -> dict[str
         "gflops": total / frozen_seconds,
         "frozen_seconds_per_token": frozen_seconds / 1e9,
         "adapter_seconds_per_token": adapter_flops / fastest / 1e9,
-        "head_seconds_per_supervised_token": sum(head_flops / speed for speed in head_speed) / 1e9,
+        "head_seconds_per_supervised_token": (
+            sum(head_flops / speed for speed in head_speed[:2]) / 1e9
+        ),
+        "weight_gradient_seconds_per_token": weight_seconds / 1e9,
+        "head_weight_gradient_seconds_per_supervised_token": head_flops / head_speed[2] / 1e9,
         "frozen_flops_per_token": total,
         "adapter_flops_per_token": adapter_flops,
         "head_flops_per_supervised_token": 2 * head_flops,
         "shapes": {
-            f"{o}x{i}": [round(forward, 1), round(backward, 1)]
-            for (o, i), (forward, backward) in {**speeds, head: head_speed}.items()
+            f"{o}x{i}": [round(each, 1) for each in speed]
+            for (o, i), speed in {**speeds, head: head_speed}.items()
         },
     }
 
@@ -117,7 +134,8 @@ def main() -> None:
     directory = model_directory(sys.argv[1])
     counts, head = linear_shapes(directory)
     found: dict[str, Any] = {}
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+    for name in sys.argv[2:] or list(DTYPES):
+        dtype = DTYPES[name]
         for threads in sorted({1, available_cores()}):
             torch.set_num_threads(threads)
             result = {"threads": threads, **measure(counts, head, dtype)}

@@ -1,9 +1,11 @@
 """Is the tuned model any good? Accuracy over seeds against a linear model on the same rows.
 
-Usage: python benchmarks/quality.py [--banking77 DIR] [KEY=VALUE ...]. Every figure comes from
-`postgrad run ... --json` in a process of its own; the linear model (evaluate/linear.py) learns from
-the rows that the tuned model was trained on and labels the rows that it was tested on, so the two
-are compared row by row. Prints a table last and writes benchmarks/results/<date>-....json.
+Usage: python benchmarks/quality.py [--precisions] [--banking77 DIR] [KEY=VALUE ...]. Every figure
+comes from `postgrad run ... --json` in a process of its own; the linear model (evaluate/linear.py)
+learns from the rows that the tuned model was trained on and labels the rows that it was tested on,
+so the two are compared row by row. --precisions asks another question, on fewer rows: does bf16
+cost quality against float32 (precisions.py)? Prints a table last and writes
+benchmarks/results/<date>-....json.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import precisions
 from harness import HERE, circumstances, contender_environment, say, table, write_result
 
 import postgrad.demo
@@ -219,11 +222,72 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--prompting", action="store_true", help="measure the base model's arms too"
     )
+    parser.add_argument(
+        "--precisions", action="store_true", help="bf16 against float32, on fewer rows"
+    )
     parser.add_argument("--quick", action="store_true", help="a few steps: proves that it runs")
     parser.add_argument("--out", type=Path, help="the JSON; default: benchmarks/results/...")
     parser.add_argument("--keep", type=Path, help="folder for the runs, kept")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for every run")
     return parser.parse_intermixed_args()
+
+
+def quality_of(options: argparse.Namespace, names: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Return task -> its recipe, a run for each seed, and a summary."""
+    tasks: dict[str, Any] = {}
+    for name in names:
+        recipe, overrides = task_of(options, name)
+        overrides += [] if options.prompting else ["evaluate.fewshot=[]"]
+        overrides += [*(QUICK if options.quick else ()), *options.overrides]
+        runs = []
+        for seed in options.seeds:
+            say(f"{name}, seed {seed}")
+            runs.append(measure(recipe, overrides, seed, folder / f"{name}-{seed}"))
+            say(f"  tuned {runs[-1]['tuned']:.3f}, linear {runs[-1]['linear']['value']:.3f}")
+        tasks[name] = {
+            "recipe": portable(load_recipe(recipe, overrides)),
+            "runs": runs,
+            "summary": summarise(runs),
+        }
+    return tasks
+
+
+def precisions_of(
+    options: argparse.Namespace, names: Sequence[str], folder: Path
+) -> dict[str, Any]:
+    """Return task -> its recipe, two runs for each seed, and bf16 compared with float32."""
+    tasks: dict[str, Any] = {}
+    for name in names:
+        recipe, overrides = task_of(options, name)
+        overrides += ["evaluate.fewshot=[]", *precisions.REDUCED]
+        overrides += [*(QUICK if options.quick else ()), *options.overrides]
+        runs: list[dict[str, Any]] = []
+        losses, pairs = [], []
+        for seed in options.seeds:
+            rights = []
+            for precision in precisions.PRECISIONS:
+                say(f"{name}, seed {seed}, {precision}")
+                out = folder / f"{name}-{seed}-{precision}"
+                found = measure(recipe, [*overrides, f"model.precision={precision}"], seed, out)
+                runs.append({"precision": precision, **found})
+                rights.append(precisions.answers(out))
+                say(
+                    f"  held-out loss {found['train']['best_loss']:.4f}, tuned {found['tuned']:.3f}"
+                )
+            fp32, bf16 = (run["train"]["best_loss"] for run in runs[-2:])
+            losses.append((fp32, bf16))
+            pairs.append(precisions.paired(*rights))
+        tasks[name] = {
+            "recipe": portable(load_recipe(recipe, overrides)),
+            "runs": runs,
+            "comparison": precisions.compare(losses, pairs),
+        }
+    return tasks
+
+
+def task_of(options: argparse.Namespace, name: str) -> tuple[Path, list[str]]:
+    """Return a task's recipe and where its rows are."""
+    return demo_task() if name == "demo" else banking_task(options.banking77)
 
 
 def main() -> None:
@@ -234,29 +298,22 @@ def main() -> None:
         names.append("banking77")
     if "banking77" in names and not options.banking77:
         raise SystemExit("banking77 needs its files: --banking77 DIR")
-    tasks: dict[str, Any] = {}
+    if options.quick:
+        options.seeds = options.seeds[:1]
+    title = "precision-quality" if options.precisions else "quality"
     with tempfile.TemporaryDirectory(prefix="postgrad-quality-") as temporary:
         folder = options.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            recipe, overrides = demo_task() if name == "demo" else banking_task(options.banking77)
-            overrides += [] if options.prompting else ["evaluate.fewshot=[]"]
-            overrides += QUICK if options.quick else []
-            overrides += options.overrides
-            runs = []
-            for seed in options.seeds[:1] if options.quick else options.seeds:
-                say(f"{name}, seed {seed}")
-                runs.append(measure(recipe, overrides, seed, folder / f"{name}-{seed}"))
-                say(f"  tuned {runs[-1]['tuned']:.3f}, linear {runs[-1]['linear']['value']:.3f}")
-            tasks[name] = {
-                "recipe": portable(load_recipe(recipe, overrides)),
-                "runs": runs,
-                "summary": summarise(runs),
-            }
-    document = {"benchmark": "quality", **circumstances(), "quick": options.quick, "tasks": tasks}
-    path = write_result(document, "quality", options.out)
-    print(quality_table(tasks))
-    print(misses(tasks))
+        tasks = (precisions_of if options.precisions else quality_of)(options, names, folder)
+    document = {"benchmark": title, **circumstances(), "quick": options.quick, "tasks": tasks}
+    path = write_result(document, title, options.out)
+    if options.precisions:
+        for name, task in tasks.items():
+            found = precisions.verdict(task["comparison"])
+            print(f"{name}\n{precisions.precision_table(task['runs'])}\n\n{found}")
+    else:
+        print(quality_table(tasks))
+        print(misses(tasks))
     print(f"written to {path}")
 
 

@@ -13,6 +13,14 @@ def _benchmarks_importable(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
+PRODUCTS = {
+    "gflops": 900.0,
+    "frozen_seconds_per_token": 3e-4,
+    "adapter_seconds_per_token": 1e-4,
+    "head_seconds_per_supervised_token": 2e-4,
+    "weight_gradient_seconds_per_token": 2e-4,
+    "head_weight_gradient_seconds_per_supervised_token": 2e-4,
+}
 CONTENDER = """
 import json, sys, time
 steps, pause = int(sys.argv[2]), float(sys.argv[3])
@@ -69,6 +77,27 @@ def test_a_contender_that_is_too_slow_is_given_up(tmp_path):
         watch(tmp_path, timing, 1, 30.0)
 
 
+def test_a_long_first_step_ends_the_warm_up(tmp_path):
+    import harness
+
+    lines = [{"step": n, "tokens": 100 * n, "seconds": 10.0 * n} for n in (1, 2, 3)]
+    steps = harness.Timing(2, 5, 1)
+    seconds = harness.Timing(2, 5, 1, warmup_seconds=10)
+    assert [steps.uncounted(lines[:n]) for n in (0, 1, 2, 3)] == [None, None, 2, 2]
+    assert [seconds.uncounted(lines[:n]) for n in (0, 1, 3)] == [None, 1, 1]
+    assert [steps.enough(lines[:n]) for n in (1, 2, 3)] == [False, False, True]
+    assert [seconds.enough(lines[:n]) for n in (1, 2, 3)] == [False, True, True]
+    assert not harness.Timing(2, 15, 1).enough(lines)
+
+
+def test_a_hopeless_contender_is_broken_off(tmp_path):
+    import harness
+
+    timing = harness.Timing(1, 1e6, 1, hopeless_rate=11.0)
+    with pytest.raises(harness.HopelessError, match="broken off at 10 tokens/s"):
+        watch(tmp_path, timing, 100_000, 0.05)
+
+
 def test_rows_are_made_from_the_seed_alone_and_never_twice(tmp_path):
     import rows
 
@@ -106,51 +135,160 @@ def test_the_bound_counts_the_products_of_a_lora_step(tiny_model_dir):
     assert found["frozen_flops_per_token"] == 4 * weights
     assert found["adapter_flops_per_token"] == 6 * low_rank
     assert found["head_flops_per_supervised_token"] == 4 * 64 * head[0]
+    assert found["weight_gradient_seconds_per_token"] > 0
+    assert found["head_weight_gradient_seconds_per_supervised_token"] > 0
     seconds = found["frozen_seconds_per_token"]
     assert seconds == pytest.approx(4 * weights / found["gflops"] / 1e9)
 
 
 def test_the_bound_falls_with_the_share_of_supervised_tokens():
-    from train_speed import bound_tokens_per_second
+    from speed_table import bound_tokens_per_second
 
-    bound = {
-        "frozen_seconds_per_token": 3e-4,
-        "adapter_seconds_per_token": 1e-4,
-        "head_seconds_per_supervised_token": 2e-4,
-    }
-    assert bound_tokens_per_second(bound, 0.0) == pytest.approx(2500)
-    assert bound_tokens_per_second(bound, 0.5) == pytest.approx(2000)
+    assert bound_tokens_per_second(PRODUCTS, 0.0) == pytest.approx(2500)
+    assert bound_tokens_per_second(PRODUCTS, 0.5) == pytest.approx(2000)
+    assert bound_tokens_per_second(PRODUCTS, 0.0, "full") == pytest.approx(2000)
+    assert bound_tokens_per_second(PRODUCTS, 0.5, "full") == pytest.approx(1 / 7e-4)
 
 
-def test_a_summary_gives_medians_spread_and_ratios():
-    from train_speed import BEST, DEFAULTS, OURS, speed_table, summarise
-
-    def run(contender, rate):
-        return {
+def part_of(rates, method="lora"):
+    """Return a part of a result: contender -> tokens per second of each repetition."""
+    runs = [
+        {
             "contender": contender,
+            "repetition": repetition,
             "tokens": 1000,
             "supervised_tokens": 500,
             "tokens_per_second": rate,
             "supervised_tokens_per_second": rate / 2,
-            "peak_memory_bytes": 2_000_000_000,
+            "peak_memory_bytes": 2_000_000_000 if contender == "postgrad" else 5_000_000_000,
         }
-
-    rates = {OURS: (900, 1000, 1300), DEFAULTS: (90, 100, 130), BEST: (180, 200, 260)}
-    runs = [run(name, rate) for name, found in rates.items() for rate in found]
-    products = {
-        "gflops": 900.0,
-        "frozen_seconds_per_token": 3e-4,
-        "adapter_seconds_per_token": 1e-4,
-        "head_seconds_per_supervised_token": 2e-4,
+        for contender, found in rates.items()
+        for repetition, rate in enumerate(found)
+    ]
+    return {
+        "method": method,
+        "kind": "chat",
+        "rows": {"mean_tokens": 170.0},
+        "failed": {},
+        "machine_bound": [{"bf16": PRODUCTS, "fp32": PRODUCTS}, {"bf16": PRODUCTS}],
+        "runs": runs,
     }
-    summary = summarise(runs, [{"bf16": products, "fp32": products}])
+
+
+def test_a_summary_gives_medians_spread_and_ratios():
+    from contenders import BEST, DEFAULTS, OURS, UNSLOTH
+    from speed_table import failures, goals_table, speed_table, summarise
+
+    part = part_of({OURS: (900, 1000, 1300), DEFAULTS: (90, 100, 130), BEST: (180, 200, 260)})
+    summary = part["summary"] = summarise(part)
     ours = summary["contenders"][OURS]
     assert (ours["lowest"], ours["tokens_per_second"], ours["highest"]) == (900, 1000, 1300)
     assert summary["bound_tokens_per_second"] == 2000
     assert ours["share_of_bound"] == 0.5
-    shown = speed_table([{"kind": "chat", "rows": {"mean_tokens": 170.0}, "summary": summary}])
-    line = next(line for line in shown.splitlines() if OURS in line)
-    assert line.split()[-5:] == ["GB", "50", "%", "10.0", "5.0"]
+    assert [(goal["found"], goal["reached"]) for goal in summary["goals"]] == [
+        (10.0, True), (5.0, False), (0.5, False), (0.4, True),
+    ]  # fmt: skip
+    line = next(line for line in speed_table([part]).splitlines() if BEST in line)
+    assert line.split()[-5:] == ["GB", "10", "%", "5.0", "x"]
+    assert [line.split()[-1] for line in goals_table([part]).splitlines()[2:]] == [
+        "yes", "no", "no", "yes",
+    ]  # fmt: skip
+    part["failed"] = {UNSLOTH: "it broke"}
+    shown = failures({"missing": {"trl": "no wheel"}, "measured": [part]})
+    assert shown == "trl: not installed: no wheel\nlora, chat: Unsloth CPU: it broke"
+
+
+def test_goals_are_open_where_nothing_was_measured():
+    from contenders import DEFAULTS, OURS
+    from speed_table import goals_table, summarise
+
+    for rates in ({}, {OURS: (1000,)}, {DEFAULTS: (100,)}):
+        part = part_of(rates, "full")
+        part["summary"] = summarise(part)
+        reached = [goal["reached"] for goal in part["summary"]["goals"]]
+        assert reached == [None, None, True if OURS in rates else None, None]
+        assert goals_table([part]).count("not measured") == reached.count(None)
+
+
+def test_the_search_keeps_the_fastest_exact_setting_and_breaks_off():
+    from contenders import BEST, Setting
+    from harness import ContenderError, HopelessError, Measured
+    from peer_search import choices_of, search
+
+    asked = []
+
+    def measure(setting, least):
+        sft, rate = setting.sft, 100
+        rate *= {"bfloat16": 2}.get(setting.dtype, 1) * (1 if sft["bf16"] else 0.2)
+        if sft.get("packing"):
+            rate *= 9
+        elif sft["per_device_train_batch_size"] == 16:
+            rate *= 1.5
+        elif sft["per_device_train_batch_size"] == 32:
+            raise ContenderError("log\nout of memory")
+        elif sft["per_device_train_batch_size"] == 4:
+            rate *= 0.5
+        asked.append((setting, least))
+        if rate < least:
+            raise HopelessError(f"broken off at {rate:.0f}")
+        return Measured(1, rate, 1, 1.0, None, 0.0, {"isolated": not sft.get("packing")})
+
+    start, choices = choices_of(BEST, "lora", 300, False)
+    found = search(measure, start, choices)
+    best = Setting(**found["setting"])
+    assert (best.dtype, best.sft["bf16"], best.threads) == ("bfloat16", True, None)
+    assert best.sft["per_device_train_batch_size"] == 16
+    assert not best.sft["packing"]
+    tried = [(trial["choice"], trial["option"]) for trial in found["trials"]]
+    assert ("fewer rows", "4 rows") in tried
+    assert ("fewer rows", "2 rows") not in tried
+    assert "out of memory" in [trial.get("error") for trial in found["trials"]]
+    assert all(least <= 150 for _, least in asked)
+    _, known = choices_of(BEST, "lora", 300, False, precision=best)
+    assert [choice.name for choice in known] == ["start", "more rows", "fewer rows", "packing"]
+    start, known = choices_of(BEST, "full", 300, False, layout=best)
+    assert [choice.name for choice in known] == ["precision", "more rows"]
+    assert all(change(start).dtype == "float32" for _, change in known[0].options)
+
+
+def test_a_peer_that_never_trains_is_an_error_with_its_reason():
+    from contenders import UNSLOTH
+    from harness import ContenderError
+    from peer_search import choices_of, search
+
+    def measure(setting, least):
+        raise ContenderError("log\nno kernel for this processor")
+
+    with pytest.raises(ContenderError, match="no kernel"):
+        search(measure, *choices_of(UNSLOTH, "lora", 300, False))
+
+
+def test_full_tuning_is_timed_less_often_and_for_a_shorter_time():
+    from train_speed import plan_of
+
+    lora, full = (plan_of(method, 3, 20, quick=False) for method in ("lora", "full"))
+    assert (lora.repetitions, lora.timing.seconds) == (3, 20)
+    assert (full.repetitions, full.timing.seconds) == (2, 10)
+    assert plan_of("full", 3, 20, quick=True).repetitions == 1
+
+
+def test_a_stopped_run_goes_on_only_as_the_same_measurement(tmp_path):
+    from train_speed import found_before, resumed
+
+    machine = {"processor": "Xeon", "features": ["amx_bf16"], "cores": 2, "memory_bytes": 1}
+    new = {"benchmark": "train-speed", "hardware": machine, "model": "m", "quick": False,
+           "settings": {"seconds": 20}, "commit": "a"}  # fmt: skip
+    path = tmp_path / "result.json"
+    old = {**new, "commit": "b", "found": {"k": {}}, "measured": [{"failed": {"TRL best": "?"}}]}
+    path.write_text(json.dumps(old))
+    assert resumed(path, new)["measured"] == [{"failed": {}}]
+    with pytest.raises(SystemExit, match=r"settings was \{'seconds': 20\}, not"):
+        resumed(path, {**new, "settings": {"seconds": 5}})
+    assert found_before(path, {**machine, "memory_bytes": 2}) == {"k": {}}
+    with pytest.raises(SystemExit, match="measured on other hardware"):
+        found_before(path, {**machine, "cores": 4})
+    with pytest.raises(SystemExit, match="measured on other hardware"):
+        resumed(path, {**new, "hardware": {**machine, "features": []}})
 
 
 def test_the_distance_of_two_curves():
@@ -158,6 +296,47 @@ def test_the_distance_of_two_curves():
 
     found = distance([2.0, 1.0], [2.0, 1.5])
     assert found == {"max": 0.5, "mean": 0.25, "relative": 0.142857, "signed_mean": -0.25}
+
+
+def test_loss_curves_are_judged_against_the_reference():
+    from loss_curves import judge, text
+
+    reference = [4.0, 2.0, 1.0, 1.0]
+    curves = {
+        "TRL fp32": reference,
+        "TRL bf16": [4.01, 1.99, 1.01, 0.99],
+        "postgrad fp32": [4.001, 2.0, 1.0, 1.0],
+        "postgrad bf16": [3.985, 2.015, 0.985, 1.015],
+    }
+    found = judge(curves)
+    assert [row["holds"] for row in found["tolerances"]] == [True, True, True]
+    assert found["last_quarter_mean"]["postgrad bf16"] == 1.015
+    shown = text({**found, "steps": 4, "rows_per_step": 4, "learning_rate": 1e-3})
+    assert shown.count("yes") == 3
+    higher = judge({**curves, "postgrad bf16": [loss + 0.03 for loss in reference]})
+    assert [row["holds"] for row in higher["tolerances"]] == [True, False, False]
+
+
+def test_bf16_is_shown_to_cost_nothing_or_is_not():
+    from precisions import compare, mean_interval, paired, verdict
+
+    a = {"1": True, "2": True, "3": False, "4": False}
+    b = {"1": True, "2": False, "3": True, "4": False}
+    assert paired(a, b) == (4, 1, 1)
+    with pytest.raises(SystemExit, match="different rows"):
+        paired(a, {"1": True})
+    low, high = mean_interval([0.0, 0.01, 0.02])
+    # Student's t for two degrees of freedom is 4.3027; the standard error is 0.01 / sqrt(3).
+    assert (low, high) == pytest.approx((0.01 - 0.024842, 0.01 + 0.024842), abs=1e-6)
+    close = compare([(0.5, 0.501), (0.6, 0.6), (0.55, 0.551)], [(240, 2, 2)] * 3)
+    assert (close["loss_shown"], close["accuracy_shown"]) == (True, True)
+    assert verdict(close).endswith("bf16 costs no quality: shown")
+    worse = compare([(0.5, 0.6), (0.6, 0.7), (0.5, 0.55)], [(240, 30, 2)] * 3)
+    assert (worse["loss_shown"], worse["accuracy_shown"]) == (False, False)
+    assert worse["accuracy"]["difference"] == pytest.approx(-84 / 720)
+    alone = compare([(0.5, 0.5)], [(240, 0, 0)])
+    assert (alone["held_out_loss"]["high"], alone["loss_shown"]) == (None, False)
+    assert "no interval from one seed" in verdict(alone)
 
 
 def test_hardware_names_are_fit_for_file_names():

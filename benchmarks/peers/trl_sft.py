@@ -9,9 +9,9 @@ spec names, until its rows are used up or whoever started it ends it. The spec:
                 supervised (tokens of this step that count in the loss)
     output      a folder for the trainer
     sft         arguments of SFTConfig; everything else is TRL's default
-    dtype       precision of the frozen weights: TRL's default is float32
+    dtype       precision of the weights; null = TRL's default, float32
     lora        arguments of peft.LoraConfig, or
-    adapter     a PEFT directory to start from
+    adapter     a PEFT directory to start from; with neither all weights are trained
     threads     CPU threads; null = torch's default
 """
 
@@ -86,7 +86,7 @@ class Recorder(TrainerCallback):
 
 def load_model(spec: dict[str, Any]) -> Any:
     """Return the model as the spec wants it; with `adapter` a PeftModel to go on training."""
-    dtype = getattr(torch, spec["dtype"])
+    dtype = getattr(torch, spec["dtype"] or "float32")
     model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=dtype)
     if "adapter" in spec:
         return PeftModel.from_pretrained(model, spec["adapter"], is_trainable=True)
@@ -126,11 +126,16 @@ def packed_documents_are_isolated(trainer: SFTTrainer) -> bool:
     return bool(torch.equal(before, after))
 
 
-def main() -> None:
-    """Train as the spec says."""
-    spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+def read_spec() -> dict[str, Any]:
+    """Read the spec named on the command line and set the threads."""
+    spec: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     if spec.get("threads"):
         torch.set_num_threads(spec["threads"])
+    return spec
+
+
+def train(spec: dict[str, Any], model: Any, adapter: LoraConfig | None) -> None:
+    """Train `model` as the spec says."""
     rows = [json.loads(line) for line in Path(spec["rows"]).read_text("utf-8").splitlines()]
     settings = SFTConfig(
         output_dir=spec["output"],
@@ -142,17 +147,23 @@ def main() -> None:
     )
     recorder = Recorder(Path(spec["metrics"]))
     trainer = SFTTrainer(
-        model=load_model(spec),
+        model=model,
         args=settings,
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(spec["model"]),
-        peft_config=LoraConfig(**spec["lora"]) if "lora" in spec else None,
+        peft_config=adapter,
         callbacks=[recorder],
     )
     recorder.facts = facts(trainer)
     recorder.watch(trainer)
     transformers.logging.set_verbosity_error()
     trainer.train()
+
+
+def main() -> None:
+    """Train with TRL."""
+    spec = read_spec()
+    train(spec, load_model(spec), LoraConfig(**spec["lora"]) if "lora" in spec else None)
 
 
 if __name__ == "__main__":
