@@ -255,8 +255,8 @@ class ReportConfig(Section):
     currency: str = "USD"
     """Currency of price_per_hour."""
     prices: str | None = None
-    """File with list prices, electricity and power; null = $POSTGRAD_PRICES, else the prices.toml
-    that comes with postgrad."""
+    """File with list prices, electricity and power, read by `estimate` and --dry-run; null =
+    $POSTGRAD_PRICES, else the prices.toml that comes with postgrad."""
     language: str = "en"
     """Language of the data, for the model card's metadata."""
     license: str = "other"
