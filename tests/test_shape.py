@@ -119,9 +119,11 @@ def test_reading_commands_load_no_torch(verb, tmp_path):
 
 def test_an_estimate_loads_no_torch_when_the_speed_is_known(tiny_model_dir, tmp_path, monkeypatch):
     from postgrad import stages
+    from postgrad.train import probe
     from training import write_rows
 
     monkeypatch.setenv("POSTGRAD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(probe, "QUIET_SHARE", 0.0)  # a busy machine keeps no probe
     rows = write_rows(tmp_path / "rows.jsonl", 200)
     model = {"base": str(tiny_model_dir), "precision": "fp32"}
     tree = {"name": "bot", "model": model, "data": {"train": str(rows)}}

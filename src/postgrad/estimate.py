@@ -271,6 +271,8 @@ class Speed:
     """Which run, or what was timed."""
     step_seconds: float = 0.0
     """The optimizer, per step, where it is not part of the rate."""
+    busy: bool = False
+    """Other programs took the processor while this was measured, so it is too slow."""
 
     def seconds(self, training: Amount, held_out: Amount, steps: int) -> float:
         """Return the seconds of training with its held-out losses."""

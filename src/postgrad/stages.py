@@ -124,7 +124,10 @@ def estimate(recipe: Recipe, runs: Path, options: Options) -> dict[str, Any]:
             from postgrad.train.probe import probe
 
             found = probe(work, dataset, directory)
-            speed.keep_speed(key, found)
+            if found.busy:
+                options.show.note("this machine is busy: the probe is not kept for the next time")
+            else:
+                speed.keep_speed(key, found)
     return {"estimate": forecast.document(work, found)}
 
 

@@ -8,7 +8,7 @@ from postgrad.estimate import flops
 from postgrad.model.light_tokenizer import load_light_tokenizer
 from postgrad.train.forecast import document, forecast
 from postgrad.train.optimizer import trainable
-from postgrad.train.probe import dry_run, probe, time_session
+from postgrad.train.probe import Timing, dry_run, probe, time_session
 from postgrad.train.session import open_session
 from training import make_recipe, write_rows
 
@@ -68,6 +68,14 @@ def test_a_probe_times_few_layers_of_the_shape(tiny_model_dir, tmp_path, kind):
     assert found["train_seconds"] > 0
     assert found["peak_memory_source"] == "formula"
     assert found["peak_memory_bytes"] == sum(found["memory"].values())
+
+
+def test_a_timing_on_a_busy_machine_says_so():
+    quiet = Timing(100, 1.0, 0.1, 10**9, processor_share=0.95).speed("probe", "it", 2.0, 0.1)
+    assert (quiet.tokens_per_second, quiet.busy, quiet.detail) == (50.0, False, "it")
+    busy = Timing(100, 1.0, 0.1, 10**9, processor_share=0.2).speed("probe", "it", 2.0, 0.1)
+    assert busy.busy
+    assert "BUSY machine, 20% of the processor" in busy.detail
 
 
 def test_the_limits_of_a_recipe_are_counted(tiny_model_dir, tmp_path):

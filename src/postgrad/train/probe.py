@@ -19,6 +19,8 @@ from postgrad.train.session import Session, open_session
 from postgrad.types import Split
 
 REPETITIONS = 3
+QUIET_SHARE = 0.6
+"""Of the processor time that its threads ask for, what a timing gets on a quiet machine at least."""
 ROWS = {Split.TRAIN: 256, Split.VALIDATION: 8}
 """Rows that a probe renders."""
 DEPTHS = (1, 4)
@@ -34,6 +36,15 @@ class Timing:
     """Forward and backward, the best of several."""
     step_seconds: float
     peak_bytes: int
+    processor_share: float
+    """Processor time of all threads, of what they would have had alone."""
+
+    def speed(self, source: str, detail: str, seconds: float, step_seconds: float) -> Speed:
+        """Return the speed at `seconds` a micro-batch; says so when the machine was busy."""
+        busy = device().type == "cpu" and self.processor_share < QUIET_SHARE
+        if busy:
+            detail += f"; BUSY machine, {self.processor_share:.0%} of the processor: too slow"
+        return Speed(self.tokens / seconds, source, detail, step_seconds, busy)
 
 
 def time_session(session: Session) -> Timing:
@@ -45,6 +56,7 @@ def time_session(session: Session) -> Timing:
     optimizer = make_optimizer(session.model, session.recipe.train, 0.0)
     seconds, steps = [], []
     session.model.train()
+    began, spent = time.perf_counter(), time.process_time()
     with session.attention(), peak_memory(device()) as memory:
         for _ in range(REPETITIONS):
             optimizer.zero_grad(set_to_none=True)
@@ -54,7 +66,9 @@ def time_session(session: Session) -> Timing:
             steps.append(_seconds(optimizer.step))
     session.model.eval()
     optimizer.zero_grad(set_to_none=True)
-    return Timing(batch.tokens, min(seconds), min(steps), memory.bytes)
+    wanted = (time.perf_counter() - began) * torch.get_num_threads()
+    share = (time.process_time() - spent) / wanted
+    return Timing(batch.tokens, min(seconds), min(steps), memory.bytes, share)
 
 
 def _seconds(work: Any) -> float:
@@ -81,8 +95,7 @@ def dry_run(session: Session, dataset: Dataset) -> dict[str, Any]:
     )
     timing = time_session(session)
     what = f"one real micro-batch of {timing.tokens} tokens, timed just now"
-    rate = timing.tokens / timing.seconds
-    speed = Speed(rate, "micro-batch", what, timing.step_seconds)
+    speed = timing.speed("micro-batch", what, timing.seconds, timing.step_seconds)
     return document(work, speed, timing.peak_bytes)
 
 
@@ -107,7 +120,7 @@ def probe(work: Forecast, dataset: Dataset, directory: Path) -> Speed:
         f"{shallow} and {deep} layers of this shape with random weights, {base.tokens} tokens, "
         f"{recipe.train.threads} thread(s), scaled to {layers} layers"
     )
-    return Speed(base.tokens / seconds, "probe", what, optimizer)
+    return deeper.speed("probe", what, seconds, optimizer)
 
 
 def _timed(recipe: Recipe, few: Dataset, directory: Path, layers: int) -> tuple[Timing, Recipe]:
