@@ -20,7 +20,7 @@ from postgrad.types import Split
 
 REPETITIONS = 3
 QUIET_SHARE = 0.6
-"""Of the processor time that its threads ask for, what a timing gets on a quiet machine at least."""
+"""Share of the processor time its threads ask for that a timing gets at least when alone."""
 ROWS = {Split.TRAIN: 256, Split.VALIDATION: 8}
 """Rows that a probe renders."""
 DEPTHS = (1, 4)
