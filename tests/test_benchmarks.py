@@ -366,3 +366,17 @@ def test_seeds_below_the_linear_model_are_named_with_the_gap():
     assert math.isclose(summary["difference_mean"], -0.01)
     text = misses({"banking77": {"runs": runs}})
     assert text == "banking77, seed 8: 3.0 points below the linear model"
+
+
+def test_errors_of_an_estimate_are_relative_to_what_was_measured():
+    import estimate_accuracy
+
+    estimate = {"train_seconds": 300, "tokens": 1000, "peak_memory_bytes": 90}
+    stopped_early = {"seconds": 100, "tokens": 500, "peak_memory_bytes": 100}
+    found = estimate_accuracy.errors(estimate, stopped_early)
+    assert found == {"seconds": 0.5, "peak_memory_bytes": -0.1}
+    tasks = {
+        "demo": {"measured": stopped_early, "estimates": {"probe": {**estimate, "errors": found}}}
+    }
+    line = estimate_accuracy.accuracy_table(tasks).splitlines()[-1].split()
+    assert line == ["demo", "probe", "150", "100", "+50%", "0.00", "0.00", "-10%"]

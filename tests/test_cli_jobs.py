@@ -153,6 +153,27 @@ def test_a_dry_run_plans_and_writes_nothing(recipe, tmp_path, monkeypatch, capsy
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_an_estimate_takes_the_speed_of_an_earlier_run(finished, recipe, tmp_path, capsys):
+    document = finished[1]
+    runs = tmp_path / "runs"
+    out = ["--out", str(runs / "a")]
+    assert cli.call(["train", str(recipe), "train.max_steps=14", "train.eval_steps=20", *out]) == 0
+    capsys.readouterr()
+    given = [str(recipe), "--runs", str(runs), "report.price_per_hour=36"]
+    assert cli.call(["estimate", *given, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["estimate"]
+    assert found["time_source"] == "recorded run"
+    assert found["steps"] == 4
+    assert found["trainable_parameters"] == document["train"]["trainable_parameters"]
+    assert found["cost"]["here"]["amount"] == pytest.approx(found["train_seconds"] / 100, rel=0.1)
+    assert cli.call(["estimate", *given]) == 0
+    text = capsys.readouterr().out
+    assert "operations (multiplications and additions)" in text
+    assert "CLOSED: no new jobs for new users" in text
+    assert cli.call(["estimate", *given, "report.prices=none.toml"]) == 2
+    assert "report.prices: none.toml" in capsys.readouterr().err
+
+
 def test_a_row_is_shown_as_the_model_sees_it(recipe, capsys):
     assert cli.call(["explain", "--row", "3", str(recipe)]) == 0
     out = capsys.readouterr().out

@@ -117,6 +117,23 @@ def test_reading_commands_load_no_torch(verb, tmp_path):
     assert not modules_after(code, *verb, *where) & set(HEAVY)
 
 
+def test_an_estimate_loads_no_torch_when_the_speed_is_known(tiny_model_dir, tmp_path, monkeypatch):
+    from postgrad import stages
+    from postgrad.train import probe
+    from training import write_rows
+
+    monkeypatch.setenv("POSTGRAD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(probe, "QUIET_SHARE", 0.0)  # a busy machine keeps no probe
+    rows = write_rows(tmp_path / "rows.jsonl", 200)
+    model = {"base": str(tiny_model_dir), "precision": "fp32"}
+    tree = {"name": "bot", "model": model, "data": {"train": str(rows)}}
+    stages.estimate(parse_recipe(tree), tmp_path / "none", stages.Options())  # makes the probe
+    path = tmp_path / "bot.yaml"
+    path.write_text(json.dumps(tree), encoding="utf-8")
+    code = "import sys; from postgrad.cli import call; assert call(sys.argv[1:]) == 0"
+    assert not modules_after(code, "estimate", path, "--json") & set(HEAVY)
+
+
 def test_help_is_quick():
     def seconds():
         start = time.perf_counter()

@@ -101,6 +101,24 @@ def run(
     return _staged("run", _recipe(recipe, overrides), _options(out, resume, dry_run))
 
 
+@app.command("estimate")
+def estimate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    runs: Annotated[
+        Path, typer.Option("--runs", metavar="DIR", help="Where earlier runs give the speed.")
+    ] = Path("runs"),
+    as_json: AsJson = False,
+) -> Reply:
+    """Say what a recipe takes: steps, operations, memory, time, money.
+
+    Reads rows, tokenizer and config.json, not the weights. The time comes from an earlier run of
+    such a model on this machine, else from a probe that is made once; --dry-run of run and train
+    measures it on the model itself.
+    """
+    return _staged("estimate", _recipe(recipe, overrides), runs, _options(None))
+
+
 @app.command("train")
 def train(
     recipe: RecipePath,

@@ -42,7 +42,7 @@ def result_text(document: Mapping[str, Any]) -> str:
     parts.append(references_text(document.get("references") or ()))
     parts.append(training_text(document.get("train") or {}))
     parts.append(checks_text(document.get("checks") or ()))
-    parts.append(mapping_text(document.get("plan") or {}))
+    parts.append(estimate_text(document.get("estimate") or document.get("plan") or {}))
     places = ("run", "report", "model_card", "export", "attribution")
     parts.append(mapping_text({key: document[key] for key in places if document.get(key)}))
     return "\n\n".join(part for part in parts if part)
@@ -118,6 +118,53 @@ def mapping_text(mapping: Mapping[str, Any], indent: str = "") -> str:
         else:
             lines.append(f"{indent}{key!s:<{width}}  {_figure(str(key), value)}")
     return "\n".join(line for line in lines if line)
+
+
+def estimate_text(found: Mapping[str, Any]) -> str:
+    """Return what a training takes: amount, operations, memory, time, and cost here and hosted."""
+    if not found:
+        return ""
+    nested = ("rows", "flops", "memory", "cost")
+    flat = {key: value for key, value in found.items() if key not in nested}
+    rows = {f"{split} rows": count for split, count in found["rows"].items()}
+    flops = {name: f"{value:.3g}" for name, value in found["flops"].items() if value}
+    held = {name: value for name, value in found["memory"].items() if value}
+    parts = [
+        mapping_text(rows | flat),
+        mapping_text({"operations (multiplications and additions)": flops}),
+        mapping_text({"peak memory by formula": held}),
+        _cost_text(found["cost"]),
+    ]
+    return "\n\n".join(parts)
+
+
+def _cost_text(cost: Mapping[str, Any]) -> str:
+    """Return the costs of a training as lines, what is not known as such."""
+    here, rented, energy = cost["here"], cost["rented"], cost["energy"]
+    lines = {"this machine": "not known: set report.price_per_hour"}
+    if here:
+        lines["this machine"] = f"{_money(here)} ({here['source']})"
+    if rented:
+        lines[f"a rented {rented['machine']}"] = f"{_money(rented)} (list price, {_origin(rented)})"
+    lines["energy"] = "not known: set watts in a prices file"
+    if energy:
+        paid = f", {_money(energy)}" if "amount" in energy else ""
+        at = f"at {energy['watts']:g} W ({energy['watts_source']})"
+        lines["energy"] = f"{energy['kwh']:.3g} kWh{paid} {at}"
+    for offer in cost["hosted"]:
+        closed = f"; CLOSED: {offer['closed']}" if offer["closed"] else ""
+        name = f"{offer['service']}, {offer['model']}"
+        lines[name] = f"{_money(offer)} (list price, {_origin(offer)}{closed})"
+    return mapping_text({"cost of the training": lines})
+
+
+def _money(amount: Mapping[str, Any]) -> str:
+    digits = 2 if amount["amount"] >= 0.1 else 4
+    return f"{amount['currency']} {amount['amount']:,.{digits}f}"
+
+
+def _origin(fact: Mapping[str, Any]) -> str:
+    return f"{fact['source']}, {fact['date']}, {fact['url']}"
 
 
 def runs_text(summaries: Sequence[Mapping[str, Any]], root: str) -> str:

@@ -85,15 +85,50 @@ def demo(minutes: float, options: Options) -> dict[str, Any]:
 
 def plan(recipe: Recipe, options: Options) -> dict[str, Any]:
     """Load everything, train nothing: tokens, steps, memory and time from one real micro-batch."""
-    from postgrad.train.estimate import estimate_session
+    from postgrad.train.probe import dry_run
     from postgrad.train.session import open_session
 
     options.show.stage("data")
     dataset = load_dataset(recipe.data, recipe.seed)
     options.show.stage("model")
-    session = open_session(recipe, dataset)
-    counts = {str(split): len(dataset.of(split)) for split in Split if dataset.of(split)}
-    return {"plan": {"rows": counts, **estimate_session(session)}}
+    return {"plan": dry_run(open_session(recipe, dataset), dataset)}
+
+
+def estimate(recipe: Recipe, runs: Path, options: Options) -> dict[str, Any]:
+    """Say what a recipe takes, from its rows and files; loads no model (torch for a probe only)."""
+    from postgrad.model.directory import find_directory
+    from postgrad.model.light_tokenizer import load_light_tokenizer
+    from postgrad.train import forecast, speed
+
+    dataset = load_dataset(recipe.data, recipe.seed)
+    base, template = recipe.model.base, recipe.model.chat_template
+    directory = find_directory(base, recipe.model.revision)
+    if directory is None:
+        options.show.note("converting the GGUF file, once (loads torch)")
+        from postgrad.model.load import model_directory
+
+        directory = model_directory(base, recipe.model.revision)
+    tokenizer: Any = load_light_tokenizer(directory, template)
+    if tokenizer is None:
+        options.show.note("no tokenizer.json: Transformers reads the tokenizer (loads torch)")
+        from postgrad.model.load import load_tokenizer
+
+        tokenizer = load_tokenizer(directory, template)
+    work = forecast.forecast(recipe, dataset, directory, tokenizer)
+    found = speed.recorded_speed(work.recipe, work.method, runs)
+    if found is None:
+        key = speed.probe_key(work.recipe, work.method, work.epoch.tokens / work.rows["train"])
+        found = speed.cached_speed(key)
+        if found is None:
+            options.show.note("no such run on this machine: timing a few layers once (loads torch)")
+            from postgrad.train.probe import probe
+
+            found = probe(work, dataset, directory)
+            if found.busy:
+                options.show.note("this machine is busy: the probe is not kept for the next time")
+            else:
+                speed.keep_speed(key, found)
+    return {"estimate": forecast.document(work, found)}
 
 
 def explain_row(recipe: Recipe, row: int) -> list[tuple[str, float]]:

@@ -5,7 +5,6 @@ model like any other.
 """
 
 import contextlib
-import hashlib
 import io
 import json
 import logging
@@ -22,13 +21,12 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from postgrad import machine
 from postgrad.config import ModelConfig
 from postgrad.errors import ModelError
+from postgrad.model.directory import converted_directory, find_directory, template_text
 from postgrad.run import disk_errors, sha256_file
-from postgrad.sources import cache_directory, resolve
-
-CONVERSION = 1
-"""Part of the cache key of converted GGUF files: raise it when the conversion changes."""
+from postgrad.sources import resolve
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +50,8 @@ class Loaded:
 
 def model_directory(base: str, revision: str | None = None) -> Path:
     """Return a local Transformers directory for `base`; fetches and converts when needed."""
-    path = resolve(base, "model", revision=revision)
-    if path.is_dir():
-        return path
-    if path.suffix == ".gguf":
-        return convert_gguf(path)
-    raise ModelError(f"{path} is not a model", "give a model directory, a .gguf file or a hub id")
+    found = find_directory(base, revision)
+    return convert_gguf(resolve(base, "model", revision=revision)) if found is None else found
 
 
 def load_tokenizer(directory: Path, chat_template: str | None = None) -> Any:
@@ -75,13 +69,7 @@ def load_tokenizer(directory: Path, chat_template: str | None = None) -> Any:
             f"{directory}: the tokenizer does not load: {error}", "check its files"
         ) from error
     if chat_template is not None:
-        path = Path(chat_template)
-        is_file = "\n" not in chat_template and "{" not in chat_template
-        if is_file and not path.is_file():
-            raise ModelError(
-                f"model.chat_template: no file {chat_template}", "give Jinja text or a file"
-            )
-        tokenizer.chat_template = path.read_text(encoding="utf-8") if is_file else chat_template
+        tokenizer.chat_template = template_text(chat_template)
     if not tokenizer.chat_template:
         raise ModelError(
             f"{directory}: the tokenizer has no chat template",
@@ -145,11 +133,7 @@ def has_native_bf16() -> bool:
     """Return whether bf16 matrix products run in hardware (AMX, AVX512-BF16, Arm BF16, CUDA 8+)."""
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    try:
-        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
-    except OSError:
-        return False
-    return bool(flags & {"amx_bf16", "avx512_bf16", "bf16"})
+    return machine.has_native_bf16()
 
 
 def convert_gguf(path: Path) -> Path:
@@ -158,8 +142,7 @@ def convert_gguf(path: Path) -> Path:
     What Transformers returns refuses `save_pretrained` until the GGUF quantisation config is gone;
     the weights are moved into a plain model of the same class.
     """
-    key = hashlib.sha256(f"{sha256_file(path)}-{CONVERSION}".encode()).hexdigest()[:16]
-    final = cache_directory() / "models" / f"{path.stem}-{key}"
+    final = converted_directory(path)
     if (final / "config.json").exists():
         return final
     temporary = final.with_name(f".{final.name}.{os.getpid()}")

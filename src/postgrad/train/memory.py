@@ -2,7 +2,6 @@
 
 import ctypes
 import gc
-import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -12,15 +11,7 @@ from pathlib import Path
 
 import torch
 
-_CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        "/sys/fs/cgroup/memory/memory.stat",
-    ),
-)
-"""Limit, use and statistics of this container: control groups version 2, then version 1."""
+from postgrad.machine import available_memory_bytes, proc_bytes
 
 
 def available_bytes(device: torch.device) -> int:
@@ -29,8 +20,7 @@ def available_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free + cached)
-    free = _fields(Path("/proc/meminfo")).get("MemAvailable", _physical_bytes())
-    return max(0, min([free, *_container_bytes()]))
+    return available_memory_bytes()
 
 
 def used_bytes(device: torch.device) -> int:
@@ -39,7 +29,7 @@ def used_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
     _trim()
-    return _fields(Path("/proc/self/status")).get("VmRSS", _highest_resident_bytes())
+    return proc_bytes(Path("/proc/self/status")).get("VmRSS", _highest_resident_bytes())
 
 
 @dataclass(slots=True)
@@ -67,7 +57,7 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         if device.type == "cuda":
             peak.bytes = int(torch.cuda.max_memory_allocated(device))
         else:
-            status = _fields(Path("/proc/self/status"))
+            status = proc_bytes(Path("/proc/self/status"))
             peak.bytes = status.get("VmHWM", _highest_resident_bytes())
 
 
@@ -83,36 +73,6 @@ def _reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
         return  # Not Linux, or not allowed: the peak since the start is the upper bound.
-
-
-def _container_bytes() -> list[int]:
-    """Return what the container's limit leaves: none or one figure; its file cache can be freed."""
-    for limit_file, use_file, statistics in _CGROUPS:
-        try:
-            limit = Path(limit_file).read_text(encoding="ascii").strip()
-            use = int(Path(use_file).read_text(encoding="ascii"))
-        except (OSError, ValueError):
-            continue
-        if limit == "max":
-            return []
-        lines = Path(statistics).read_text(encoding="ascii").splitlines()
-        cache = dict(line.split(maxsplit=1) for line in lines).get("inactive_file", "0")
-        return [int(limit) - use + int(cache)]
-    return []
-
-
-def _fields(path: Path) -> dict[str, int]:
-    """Read `Name:   123 kB` lines as bytes; empty where there is no /proc."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {}
-    parts = [line.split() for line in lines]
-    return {p[0].rstrip(":"): int(p[1]) * 1024 for p in parts if len(p) == 3 and p[2] == "kB"}
-
-
-def _physical_bytes() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _highest_resident_bytes() -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from postgrad.config import FullConfig, LoraConfig, TrainConfig
+from postgrad.config import FullConfig, LoraConfig, Recipe, TrainConfig
 
 ROWS_PER_BATCH = 16
 EVALUATIONS = 10
@@ -18,17 +18,6 @@ def auto_learning_rate(adapt: LoraConfig | FullConfig, parameters: int) -> float
     if adapt.kind == "lora":
         return 1e-3 if parameters < 4e9 else 3e-4
     return 1e-5 if parameters <= 3.5e9 else 5e-6
-
-
-def activation_bytes_per_token(
-    hidden: int, intermediate: int, layers: int, dtype_bytes: int
-) -> int:
-    """Estimate what a forward pass keeps for the backward pass, per token.
-
-    Per layer about 22 vectors of the hidden size (norms in float32, projections, rotary copies,
-    attention) and 6 of the intermediate size; measured on Llama-shaped models.
-    """
-    return layers * (22 * hidden + 6 * intermediate) * dtype_bytes
 
 
 def resolve_train(
@@ -70,6 +59,14 @@ def auto_eval_rows(training_rows: int, epochs: float) -> int:
     300
     """
     return min(2000, max(200, round(training_rows * epochs / 20)))
+
+
+def with_eval_rows(recipe: Recipe, training_rows: int) -> Recipe:
+    """Return the recipe with a number for train.eval_rows where it is `auto`."""
+    if recipe.train.eval_rows != "auto":
+        return recipe
+    rows = auto_eval_rows(training_rows, recipe.train.num_train_epochs)
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"eval_rows": rows})})
 
 
 def auto_eval_steps(steps: int) -> int:

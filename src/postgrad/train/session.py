@@ -14,6 +14,7 @@ from postgrad.data.dataset import Dataset
 from postgrad.data.lengths import keep_usable
 from postgrad.data.render import Renderer, Rendering
 from postgrad.errors import DataError
+from postgrad.estimate import activation_bytes_per_token
 from postgrad.machine import available_cores
 from postgrad.model import lora
 from postgrad.model.attention import training_attention
@@ -21,10 +22,9 @@ from postgrad.model.load import Loaded, device, load
 from postgrad.train.held_out import Validation
 from postgrad.train.memory import available_bytes
 from postgrad.train.plan import (
-    activation_bytes_per_token,
-    auto_eval_rows,
     auto_eval_steps,
     resolve_train,
+    with_eval_rows,
 )
 from postgrad.train.preflight import preflight
 from postgrad.train.sft import SupervisedFineTuning, has_plain_head
@@ -98,15 +98,17 @@ class Session:
         return Validation(self.validation, micro, packed)
 
 
-def open_session(recipe: Recipe, dataset: Dataset) -> Session:
+def open_session(recipe: Recipe, dataset: Dataset, loaded: Loaded | None = None) -> Session:
     """Load the model, attach the adapter, render the rows and resolve every `auto`.
+
+    `loaded` takes the place of the recipe's model (a probe's has fewer layers).
 
     An `auto` that depends on the machine is measured only when it is still `auto`: a resumed run
     brings its own numbers.
     """
     torch.manual_seed(recipe.seed)
-    recipe = _with_eval_rows(recipe, len(dataset.of(Split.TRAIN)))
-    loaded = load(recipe.model)
+    recipe = with_eval_rows(recipe, len(dataset.of(Split.TRAIN)))
+    loaded = loaded or load(recipe.model)
     eos = loaded.model.generation_config.eos_token_id
     eos_ids = [eos] if isinstance(eos, int) else list(eos or [])
     renderer = Renderer(loaded.tokenizer, eos_token_ids=eos_ids)
@@ -155,13 +157,6 @@ def _rows(
     return tuple(found), tuple(rows), tuple(dropped)
 
 
-def _with_eval_rows(recipe: Recipe, training_rows: int) -> Recipe:
-    if recipe.train.eval_rows != "auto":
-        return recipe
-    rows = auto_eval_rows(training_rows, recipe.train.num_train_epochs)
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"eval_rows": rows})})
-
-
 def _first(lost: Sequence[Dropped]) -> str:
     return f"{lost[0].source}: {lost[0].reason}" if lost else "there were none"
 
@@ -181,7 +176,8 @@ def _resolved(session: Session) -> Session:
         config.hidden_size,
         getattr(config, "intermediate_size", 4 * config.hidden_size),
         config.num_hidden_layers,
-        2 if loaded.dtype == torch.bfloat16 else 4,
+        loaded.dtype.itemsize,
+        recipe.train.gradient_checkpointing,
     )
     lengths = [len(row) for row in (*session.training, *session.validation)]
     train = resolve_train(
