@@ -21,11 +21,12 @@ LOGIT_CHUNK = 1024
 """Supervised positions whose logits exist at the same time (`train.sft.CHUNK`)."""
 PROGRAM_BYTES = 550_000_000
 """Interpreter and libraries, resident on a CPU once a model has been loaded."""
-HIDDEN_VECTORS = 13
-"""Vectors of the hidden size that a layer keeps per token for its backward pass: norms in float32,
-projections, rotary copies, attention. In units of the compute precision; measured."""
-INTERMEDIATE_VECTORS = 6
-"""The same of the intermediate size: gate, up, their product and the adapters' copies; measured."""
+HIDDEN_VECTORS = 8
+"""Vectors of the hidden size that a layer keeps per token for its backward pass: two norms with their
+inputs, queries, keys and values as the attention reads them, its probabilities and its result. In
+units of the compute precision; measured with fused layers (model.fused)."""
+INTERMEDIATE_VECTORS = 3
+"""The same of the intermediate size: gate, up and their product."""
 
 _TWO_MATRICES = ("gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "phi", "bloom", "falcon", "codegen")
 """Model types whose MLP has no gate: two matrices a layer instead of three."""
