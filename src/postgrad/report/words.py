@@ -25,9 +25,11 @@ _SHARES = frozenset({"exact_match", "normalized_match", "numeric", "contains", "
 _METHODS = {
     "wilson": "Wilson",
     "bootstrap": "bootstrap",
-    "normal": "normal approximation",
+    "clustered": "clustered errors",
+    "two-level": "seeds and rows",
     "mcnemar-exact": "exact McNemar test",
     "paired-bootstrap": "paired bootstrap",
+    "paired-clustered": "paired, clustered by group",
 }
 
 
