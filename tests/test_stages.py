@@ -1,6 +1,7 @@
 """A whole recipe on the tiny model, in one process: what lies in the run directory afterwards."""
 
 import json
+import shutil
 
 import pytest
 
@@ -9,6 +10,7 @@ from postgrad.config import load_recipe
 from postgrad.data.dataset import read_dataset
 from postgrad.errors import RunError
 from postgrad.run import Run, create_run, find_resumable, read_json, read_jsonl, verify_checksums
+from postgrad.strict_yaml import parse_yaml
 from postgrad.types import Split
 from training import write_rows
 
@@ -168,3 +170,24 @@ def test_a_refused_run_says_why_and_goes_on_once_waived(tiny_model_dir, tmp_path
         if check["name"] == "held-out-size"
     ]
     assert (check["passed"], check["waived"]) == (False, True)
+
+
+def test_a_gate_that_is_not_met_is_told_and_ends_with_4(finished, tmp_path, capsys):
+    _, out, _ = finished
+    copy = Run(shutil.copytree(out, tmp_path / "copy", symlinks=True))
+    gates = {"target": ">= 0.99", "retention": {"all": 2.0}}
+    for recipe_path in (copy.recipe_path, copy.config_path):
+        tree = parse_yaml(recipe_path.read_text(encoding="utf-8"), "recipe")
+        tree["evaluate"]["gates"] = gates
+        recipe_path.write_text(json.dumps(tree), encoding="utf-8")
+    assert cli.call(["evaluate", str(copy.path), "--json"]) == 4
+    captured = capsys.readouterr()
+    document = json.loads(captured.out)
+    assert [g["name"] for g in document["gates"]] == ["target", "retention.all"]
+    assert document["gates"][1]["status"] == "UNDECIDED"
+    assert "gate not met: retention.all" in captured.err
+    assert cli.call(["evaluate", str(copy.path)]) == 4
+    assert "gates: 0 of 2 met" in capsys.readouterr().out
+    assert cli.call(["report", str(copy.path)]) == 0
+    assert "retention.all" in copy.report_path.read_text(encoding="utf-8")
+    assert copy.record["status"] == "done"

@@ -289,7 +289,9 @@ def _staged(stage: str, *arguments: Any) -> Reply:
 
     with contextlib.redirect_stdout(sys.stderr):
         document = getattr(stages, stage)(*arguments)
-    return Reply(document, lambda: console.result_text(document))
+    met = all(gate["status"] == "PASS" for gate in document.get("gates", ()))
+    code = 0 if met or stage == "report" else 4
+    return Reply(document, lambda: console.result_text(document), code)
 
 
 def call(arguments: list[str]) -> int:

@@ -227,6 +227,24 @@ ScorerName = Literal[
 ]
 
 
+TARGET_GATE = re.compile(
+    r"(?P<sign>>=|>)\s*few-shot|>=\s*few-shot\s*-\s*(?P<points>\d+(\.\d+)?)|>=\s*(?P<value>[01]?\.\d+)"
+)
+"""What `evaluate.gates.target` may say."""
+
+
+class GatesConfig(Section):
+    """Conditions for shipping; one that is not met ends the command with exit code 4."""
+
+    target: str | None = None
+    """What the tuned model must reach on the test rows: `>= few-shot` (shown to be at least as good
+    as every prompting arm), `>= few-shot - 2` (shown to be at most 2 points worse), `> few-shot`
+    (shown to be better), `>= 0.80` (the interval does not go below 0.80)."""
+    retention: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """Points that may be lost at most, by benchmark, for example {hellaswag: 1.5, all: 2}; `all`
+    stands for every benchmark that is not named. Met when the loss is shown to be no larger."""
+
+
 class EvaluateConfig(Section):
     """How base and tuned model are compared on the test rows."""
 
@@ -244,6 +262,8 @@ class EvaluateConfig(Section):
     """Prompt tokens generated from at once."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     """Level of every interval and test."""
+    gates: GatesConfig = GatesConfig()
+    """What must hold for the run to succeed."""
 
 
 class ReportConfig(Section):
@@ -288,6 +308,17 @@ class Recipe(Section):
             raise ValueError(f"evaluate.pattern is not a regular expression: {error}") from None
         if len(set(evaluate.fewshot)) < len(evaluate.fewshot):
             raise ValueError("evaluate.fewshot names the same number of examples twice")
+        target = TARGET_GATE.fullmatch(evaluate.gates.target or ">= few-shot")
+        if target is None:
+            raise ValueError(
+                f"evaluate.gates.target is {evaluate.gates.target!r}; write '>= few-shot', "
+                "'>= few-shot - 2', '> few-shot' or '>= 0.80'"
+            )
+        if evaluate.gates.target and not target["value"] and not any(evaluate.fewshot):
+            raise ValueError(
+                "evaluate.gates.target speaks of few-shot prompting, but evaluate.fewshot has no "
+                "number above 0"
+            )
         if (data.format == "columns") != (data.columns is not None):
             raise ValueError("data.format columns and data.columns go together")
         if "{prompt}" not in data.prompt_template:
@@ -302,9 +333,26 @@ class Recipe(Section):
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def differences(self, other: "Recipe") -> dict[str, tuple[Any, Any]]:
+        """Return dotted key -> (value here, value there) for every key that differs."""
+        here, there = _flat(self.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
+        keys = dict.fromkeys([*here, *there])
+        return {
+            key: (here.get(key), there.get(key)) for key in keys if here.get(key) != there.get(key)
+        }
+
     def to_yaml(self) -> str:
         """Return the resolved recipe as YAML; `parse_recipe` of it gives an equal recipe."""
         return dump_yaml(self.model_dump(mode="json"))
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        )
+    return flat
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -37,6 +37,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def result_text(document: Mapping[str, Any]) -> str:
     """Return the outcome of a stage: verdict, measurements, comparisons, plan, checks, paths."""
     parts = [f"verdict: {document['verdict']}"] if document.get("verdict") else []
+    parts.append(gates_text(document.get("gates") or ()))
     parts.append(measurements_text(document.get("measurements") or ()))
     parts.append(comparisons_text(document.get("comparisons") or ()))
     parts.append(references_text(document.get("references") or ()))
@@ -46,6 +47,16 @@ def result_text(document: Mapping[str, Any]) -> str:
     places = ("run", "report", "model_card", "export", "attribution")
     parts.append(mapping_text({key: document[key] for key in places if document.get(key)}))
     return "\n\n".join(part for part in parts if part)
+
+
+def gates_text(gates: Sequence[Mapping[str, Any]]) -> str:
+    """Return a table of the recipe's gates, and how many were met."""
+    if not gates:
+        return ""
+    met = sum(gate["status"] == "PASS" for gate in gates)
+    rows = [[gate["name"], gate["rule"], str(gate["status"]), gate["finding"]] for gate in gates]
+    head = f"gates: {met} of {len(gates)} met"
+    return f"{head}\n{table(['gate', 'asked for', 'result', 'finding'], rows)}"
 
 
 def measurements_text(measurements: Sequence[Mapping[str, Any]]) -> str:
@@ -153,7 +164,8 @@ def run_text(run: Mapping[str, Any]) -> str:
     head = {key: run[key] for key in keys if run.get(key) is not None} | {"files": sealed}
     seconds = run.get("seconds_by_stage", {}).items()
     spent = {f"time: {stage}": duration(value) for stage, value in seconds}
-    parts = [mapping_text(head | spent), measurements_text(run.get("measurements", ()))]
+    parts = [mapping_text(head | spent), gates_text(run.get("gates", ()))]
+    parts.append(measurements_text(run.get("measurements", ())))
     parts.append(comparisons_text(run.get("comparisons", ())))
     return "\n\n".join(part for part in parts if part)
 

@@ -455,17 +455,8 @@ def _cut_unfinished_line(file: IO[bytes]) -> None:
 
 
 def _difference(a: Recipe, b: Recipe) -> str:
-    def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-        for key, value in tree.items():
-            if isinstance(value, Mapping):
-                yield from flat(value, f"{prefix}{key}.")
-            else:
-                yield prefix + key, value
-
-    left, right = dict(flat(a.model_dump())), dict(flat(b.model_dump()))
-    for key in {**left, **right}:
-        if left.get(key) != right.get(key):
-            return f"{key}: {left.get(key)!r} there, {right.get(key)!r} here"
+    for key, (left, right) in a.differences(b).items():
+        return f"{key}: {left!r} there, {right!r} here"
     return "different hash"
 
 

@@ -14,7 +14,7 @@ from postgrad.data.dataset import Dataset, load_dataset, read_dataset, save_data
 from postgrad.errors import ConfigError
 from postgrad.progress import Display, SilentDisplay
 from postgrad.run import Run, create_run, find_resumable, read_json
-from postgrad.types import Check, Split
+from postgrad.types import Check, Comparison, Measurement, Split, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +138,7 @@ def document(run: Run) -> dict[str, Any]:
     return {
         "run": str(run.path),
         "verdict": record.get("verdict"),
+        "gates": record.get("gates", []),
         "measurements": measured["measurements"],
         "comparisons": measured["comparisons"],
         "references": measured["references"],
@@ -220,7 +221,32 @@ def _evaluate(run: Run, dataset: Dataset, options: Options) -> None:
         evaluate_run(run, dataset, options.show)
 
 
+def _judge(run: Run, options: Options) -> None:
+    """Judge the recipe's gates by what was measured of the tuned model; say which are not met."""
+    from postgrad.evaluate.gates import TUNED, judge_gates, unmet
+
+    gates = run.config.evaluate.gates
+    if not run.measurements_path.exists() or not (gates.target or gates.retention):
+        return
+    measured = read_json(run.measurements_path)
+    measurements = [Measurement(**m) for m in measured["measurements"]]
+    if all(m.arm != TUNED for m in measurements):
+        return
+    judged = judge_gates(
+        gates,
+        measured["task"],
+        measured["metric"],
+        measurements,
+        [Comparison(**{**c, "verdict": Verdict(c["verdict"])}) for c in measured["comparisons"]],
+        run.config.evaluate.confidence,
+    )
+    run.update(gates=[asdict(gate) for gate in judged])
+    for gate in unmet(judged):
+        options.show.note(f"gate not met: {gate.name} {gate.rule}: {gate.status}, {gate.finding}")
+
+
 def _finish(run: Run, options: Options) -> dict[str, Any]:
+    _judge(run, options)
     with _timed(run, "report", options):
         report(run)
     report(run)

@@ -19,7 +19,7 @@ from postgrad.errors import RunError
 from postgrad.evaluate.compare import best_base
 from postgrad.evaluate.evidence import read_evidence
 from postgrad.run import Run, read_json, read_jsonl
-from postgrad.types import Check, Comparison, Dropped, Evidence, Measurement, StopReason
+from postgrad.types import Check, Comparison, Dropped, Evidence, Gate, Measurement, StopReason
 
 T = TypeVar("T")
 Point = tuple[int, float]
@@ -233,6 +233,8 @@ class Report:
     data: Data | None
     checks: tuple[Check, ...] | None
     lengths: Lengths | None
+    gates: tuple[Gate, ...] = ()
+    """Conditions of the recipe, judged; none when it has none or nothing was measured."""
 
     @property
     def waived(self) -> tuple[Check, ...]:
@@ -276,6 +278,7 @@ def collect(run: Run) -> Report:
         data=_data(run),
         checks=checks,
         lengths=_lengths(checks or ()),
+        gates=tuple(_parse(Gate, gate, run.record_path) for gate in record.get("gates") or ()),
     )
 
 

@@ -31,7 +31,7 @@ from postgrad.report.words import (
     warnings,
 )
 from postgrad.run import Run, write_atomic
-from postgrad.types import Verdict
+from postgrad.types import GateStatus, Verdict
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
@@ -61,6 +61,7 @@ def page(report: Report) -> Html:
     main = tag(
         "main",
         _verdict(report, name),
+        _gates(report),
         _evaluation(report),
         _training(report),
         answers_section(report),
@@ -101,6 +102,28 @@ def _verdict(report: Report, name: str) -> Html:
         if missing
         else None,
         id="verdict",
+    )
+
+
+def _gates(report: Report) -> Html | None:
+    if not report.gates:
+        return None
+    rows: list[list[Content]] = [
+        [
+            tag("span", str(gate.status), class_=f"badge {_GATE_TONE[gate.status]}"),
+            tag("b", gate.name),
+            gate.rule,
+            gate.finding,
+        ]
+        for gate in report.gates
+    ]
+    met = sum(gate.status is GateStatus.PASS for gate in report.gates)
+    return section(
+        "Gates",
+        "gates",
+        tag("p", f"{met} of {count(len(rows), 'condition')} of the recipe shown to be met."),
+        table(["Result", "Gate", "Asked for", "Finding"], rows),
+        note("A gate passes only when it is shown to hold; undecided counts as not met."),
     )
 
 
@@ -235,6 +258,7 @@ def _comparisons(evaluation: Evaluation) -> Html:
     )
 
 
+_GATE_TONE = {GateStatus.PASS: "good", GateStatus.FAIL: "bad", GateStatus.UNDECIDED: "open"}
 _TONE = {Verdict.IMPROVED: "good", Verdict.WORSE: "bad", Verdict.INCONCLUSIVE: "open"}
 
 

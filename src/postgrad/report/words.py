@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from postgrad.report.collect import TUNED, Evaluation, Merge, Reference, Report
-from postgrad.types import Comparison, Measurement, Verdict
+from postgrad.types import Comparison, GateStatus, Measurement, Verdict
 
 NOT_MEASURED = "not measured"
 EN_DASH = "\N{EN DASH}"
@@ -261,6 +261,11 @@ def warnings(report: Report) -> list[str]:
     status = str(report.record.get("status", "unknown"))
     if status in ("interrupted", "failed"):
         found.append(f"Not finished: the run's status is {status}, later stages are missing.")
+    for gate in report.gates:
+        if gate.status is not GateStatus.PASS:
+            found.append(
+                f"Gate not met: {gate.name} ({gate.rule}) is {gate.status}; {gate.finding}."
+            )
     for check in report.waived:
         found.append(
             f"Waived: pre-flight check {check.name} failed ({check.detail}) "
