@@ -141,6 +141,36 @@ def evaluate(
     return _staged("evaluate", open_run(target), _options(out, resume))
 
 
+@app.command("compare")
+def compare(
+    run_dirs: Annotated[
+        list[Path] | None, typer.Argument(metavar="RUN_A RUN_B", help="Two evaluated runs.")
+    ] = None,
+    plan: Annotated[
+        float | None,
+        typer.Option(
+            "--plan", metavar="POINTS", min=0.1, max=100, help="Say how many rows show POINTS."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> Reply:
+    """Compare two runs row by row, or plan how many rows to test.
+
+    Both runs must have answered the same rows. With --plan POINTS and no run, one run or two: how
+    many test rows show a difference of so many percentage points.
+    """
+    from postgrad.run import open_run
+
+    found = [open_run(path) for path in run_dirs or ()]
+    if plan is not None and len(found) <= 2:
+        return _staged("plan_rows", plan, found)
+    if len(found) != 2:
+        raise errors.ConfigError(
+            f"compare takes two runs, not {len(found)}", "write: compare RUN_A RUN_B"
+        )
+    return _staged("compare", *found)
+
+
 @app.command("report")
 def report(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory.")],

@@ -43,7 +43,13 @@ def result_text(document: Mapping[str, Any]) -> str:
     parts.append(references_text(document.get("references") or ()))
     parts.append(training_text(document.get("train") or {}))
     parts.append(checks_text(document.get("checks") or ()))
-    parts.append(mapping_text(document.get("plan") or {}))
+    plan = document.get("plan") or {}
+    parts.append(rows_needed_text(plan) if "points" in plan else mapping_text(plan))
+    changed = {
+        key: f"{plain(a)} -> {plain(b)}" for key, (a, b) in document.get("recipe", {}).items()
+    }
+    parts.append(mapping_text({"recipe": changed}) if changed else "")
+    parts += [f"only in {what}" for what in document.get("unshared", ())]
     places = ("run", "report", "model_card", "export", "attribution")
     parts.append(mapping_text({key: document[key] for key in places if document.get(key)}))
     return "\n\n".join(part for part in parts if part)
@@ -82,6 +88,33 @@ def comparisons_text(comparisons: Sequence[Mapping[str, Any]]) -> str:
         f"[{100 * c['low']:+.1f}, {100 * c['high']:+.1f}], {_p_value(c['p'])}, n = {c['n']:,}; "
         f"this n would have seen {100 * c['detectable']:.1f} points"
         for c in comparisons
+    )
+
+
+def rows_needed_text(plan: Mapping[str, Any]) -> str:
+    """Return the planner's table: how often arms differ, and the rows that a difference needs."""
+    points, first = f"{plan['points']:g} points", plan["rows"][0]
+    powers = [f"{100 * float(power):.0f}% power" for power in first["rows_to_show"]]
+    rows = [
+        [
+            row["task"],
+            row["arms"],
+            f"{row['measured_rows'] or ''}",
+            f"{_percent(row['discordance'])} of rows"
+            if "discordance" in row
+            else f"deviation {row['deviation']:.3f}",
+            *(f"{n:,}" for n in row["rows_to_show"].values()),
+            *(f"{n:,}" for n in row["rows_to_certify"].values()),
+        ]
+        for row in plan["rows"]
+    ]
+    heads = ["task", "arms", "tested", "arms differ on"]
+    heads += [f"show, {power}" for power in powers] + [f"certify, {power}" for power in powers]
+    return (
+        f"test rows needed at {100 * plan['confidence']:g}% confidence\n"
+        f"  show: a true difference of {points} is found, either way\n"
+        f"  certify: no more than {points} were lost, when nothing was lost\n\n"
+        f"{table(heads, rows)}"
     )
 
 

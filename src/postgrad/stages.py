@@ -4,7 +4,7 @@ import contextlib
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,20 @@ def report(run: Run) -> dict[str, Any]:
     write_report(run)
     write_model_card(run)
     return document(run)
+
+
+def compare(a: Run, b: Run) -> dict[str, Any]:
+    """Compare two runs row by row, from their evidence alone."""
+    from postgrad.evaluate.compare_runs import compare_runs
+
+    return compare_runs(a, b)
+
+
+def plan_rows(points: float, runs: Sequence[Run]) -> dict[str, Any]:
+    """Say how many test rows show a difference of so many points."""
+    from postgrad.evaluate.compare_runs import plan_rows as planned
+
+    return planned(points, runs)
 
 
 def demo(minutes: float, options: Options) -> dict[str, Any]:
