@@ -1,7 +1,7 @@
 """Intervals of one figure: shares, means, means of clustered rows; numpy only, draws seeded."""
 
+import functools
 import math
-from collections.abc import Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -91,7 +91,7 @@ def widened_bootstrap(
     return Interval(max(bounds[0], min(low, mean - half)), min(bounds[1], max(high, mean + half)))
 
 
-def clustered_error(values: npt.ArrayLike, clusters: Sequence[str]) -> float:
+def clustered_error(values: npt.ArrayLike, clusters: npt.ArrayLike) -> float:
     """Return the standard error of a mean whose rows are alike within clusters; inf for one.
 
     Rows of one subject, passage or customer are not independent: the deviations from the mean are
@@ -102,16 +102,20 @@ def clustered_error(values: npt.ArrayLike, clusters: Sequence[str]) -> float:
     Source: Miller 2024, arXiv 2411.00640, section 2.2; Liang & Zeger 1986, Biometrika 73:13;
     Cameron & Miller 2015, J. Hum. Resour. 50:317 (the factor).
     """
-    x = score_array(values)
+    return _clustered_error(score_array(values), clusters)[0]
+
+
+def _clustered_error(x: Values, clusters: npt.ArrayLike) -> tuple[float, int]:
+    """Return the clustered standard error and the number of clusters."""
     sums = cluster_sums(x - x.mean(), clusters)
     if len(sums) == 1:
-        return math.inf
-    return math.sqrt(len(sums) / (len(sums) - 1) * float((sums**2).sum())) / len(x)
+        return math.inf, 1
+    return math.sqrt(len(sums) / (len(sums) - 1) * float((sums**2).sum())) / len(x), len(sums)
 
 
 def clustered_interval(
     values: npt.ArrayLike,
-    clusters: Sequence[str],
+    clusters: npt.ArrayLike,
     confidence: float,
     rows: Interval,
     bounds: tuple[float, float] = (0.0, 1.0),
@@ -122,22 +126,25 @@ def clustered_interval(
     interval `rows` that takes the rows for independent. So clusters never make a claim bolder, also
     where the rows differ too seldom for their spread between clusters to be known.
     """
-    mean, error = float(score_array(values).mean()), clustered_error(values, clusters)
-    if not math.isfinite(error):
+    x = score_array(values)
+    mean, (error, count) = float(x.mean()), _clustered_error(x, clusters)
+    if count == 1:
         return Interval(*bounds)
-    half = student_critical(confidence, len(set(clusters)) - 1) * error
+    half = student_critical(confidence, count - 1) * error
     return Interval(
         max(bounds[0], min(rows.low, mean - half)), min(bounds[1], max(rows.high, mean + half))
     )
 
 
-def cluster_sums(x: Values, clusters: Sequence[str]) -> Values:
+def cluster_sums(x: Values, clusters: npt.ArrayLike) -> Values:
     """Return the sum of `x` in each cluster, in the order of their names."""
-    assert len(x) == len(clusters), (len(x), len(clusters))
-    _, index = np.unique(np.asarray(clusters), return_inverse=True)
+    names = np.asarray(clusters)
+    assert x.shape == names.shape, (x.shape, names.shape)
+    _, index = np.unique(names, return_inverse=True)
     return np.asarray(np.bincount(index, weights=x), dtype=np.float64)
 
 
+@functools.cache
 def student_critical(confidence: float, degrees: int) -> float:
     """Return the two-sided quantile of Student's t: 4.303 for 0.95 and 2 degrees of freedom."""
     assert degrees >= 1, degrees

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from postgrad.evaluate.statistics.intervals import (
+    RESAMPLES,
     Interval,
     bootstrap_mean,
     student_critical,
@@ -36,6 +37,7 @@ def two_levels(
     scores: npt.ArrayLike,
     confidence: float = 0.95,
     seed: int = 0,
+    resamples: int = RESAMPLES,
     bounds: tuple[float, float] = (0.0, 1.0),
 ) -> TwoLevels:
     """Return the mean of `scores` [seeds, rows] (every seed on the same rows) and its intervals.
@@ -55,7 +57,7 @@ def two_levels(
     assert seeds >= 2, "one seed has no spread"
     mean, seed_means, row_means = float(x.mean()), x.mean(axis=1), x.mean(axis=0)
     deviation = float(seed_means.std(ddof=1))
-    over_rows = bootstrap_mean(row_means, confidence, seed, bounds=bounds)
+    over_rows = bootstrap_mean(row_means, confidence, seed, resamples, bounds)
     squares = (
         rows * deviation**2,
         seeds * float(row_means.var(ddof=1)) if rows > 1 else 0.0,

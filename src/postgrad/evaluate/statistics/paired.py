@@ -1,7 +1,6 @@
 """Two arms on the same rows: the difference, its interval and its p-value; the margin test."""
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -86,12 +85,12 @@ def paired_bootstrap(
     """
     difference = score_array(b) - score_array(a)
     interval = bootstrap_mean(difference, confidence, seed, resamples, bounds=(-1.0, 1.0))
-    p = _randomisation_p(difference[difference != 0], resamples, np.random.default_rng([seed, 1]))
+    p = randomisation_p(difference[difference != 0], resamples, np.random.default_rng([seed, 1]))
     return PairedResult(float(difference.mean()), interval.low, interval.high, p)
 
 
 def clustered_p(
-    difference: npt.ArrayLike, clusters: Sequence[str], seed: int = 0, resamples: int = RESAMPLES
+    difference: npt.ArrayLike, clusters: npt.ArrayLike, seed: int = 0, resamples: int = RESAMPLES
 ) -> float:
     """Return the two-sided p-value of no difference when rows of a cluster go together.
 
@@ -103,7 +102,7 @@ def clustered_p(
     Econometrica 85:1013 (few clusters).
     """
     sums = cluster_sums(score_array(difference), clusters)
-    return _randomisation_p(sums[sums != 0], resamples, np.random.default_rng([seed, 1]))
+    return randomisation_p(sums[sums != 0], resamples, np.random.default_rng([seed, 1]))
 
 
 def non_inferior(lower: float, upper: float, margin: float) -> GateStatus:
@@ -128,7 +127,7 @@ def one_sided(confidence: float) -> float:
     return 2 * confidence - 1
 
 
-def _randomisation_p(x: Values, resamples: int, rng: np.random.Generator) -> float:
+def randomisation_p(x: Values, resamples: int, rng: np.random.Generator) -> float:
     """Return the two-sided p-value of the sum of `x`, none of them 0, under random signs."""
     if len(x) == 0:
         return 1.0
