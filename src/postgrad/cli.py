@@ -92,12 +92,18 @@ def demo(
 def run(
     recipe: RecipePath,
     overrides: Overrides = None,
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", metavar="N", min=2, help="Train N seeds, same rows.")
+    ] = None,
     out: Out = None,
     resume: Resume = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> Reply:
     """Do a whole recipe: data, train, evaluate, report."""
+    if seeds is not None:
+        options = _options(out, resume, dry_run)
+        return _staged("run_seeds", _recipe(recipe, overrides), seeds, options)
     return _staged("run", _recipe(recipe, overrides), _options(out, resume, dry_run))
 
 

@@ -30,6 +30,7 @@ from postgrad.strict_yaml import dump_yaml, key_lines, parse_yaml
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Auto = Literal["auto"]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Source = Annotated[str, Field(min_length=1)]
 
 
@@ -151,6 +152,9 @@ class DataConfig(Section):
     """Rows longer than max_length: refuse with a table of lengths, drop, or cut the end off."""
     limit: PositiveInt | None = None
     """Use at most this many training rows (a seeded sample, taken after the split)."""
+    seed: Seed | None = None
+    """Seed of the splits, of the rows tested and of the few-shot examples; null = the recipe's
+    seed. Keep it when only the training should get another seed, so that runs can be compared."""
 
 
 class EarlyStoppingConfig(Section):
@@ -284,7 +288,7 @@ class Recipe(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)]
     """Short name; part of the run directory's name."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 7
+    seed: Seed = 7
     """Seed of splits, order, initialisation, dropout, few-shot examples and bootstraps."""
     model: ModelConfig
     """The model and its adapter."""
@@ -327,6 +331,16 @@ class Recipe(Section):
         if sum(shares) >= 1:
             raise ValueError("data.validation and data.test together leave no rows to train on")
         return self
+
+    @property
+    def data_seed(self) -> int:
+        """The seed of everything that must not differ between runs to be compared."""
+        return self.seed if self.data.seed is None else self.data.seed
+
+    def with_seed(self, seed: int) -> Self:
+        """Return the recipe with another seed of the training and the same rows in every split."""
+        data = self.data.model_copy(update={"seed": self.data_seed})
+        return self.model_copy(update={"seed": seed, "data": data})
 
     def hash(self) -> str:
         """Return 64 hex digits over the resolved content: equal recipes, equal hash."""

@@ -40,6 +40,7 @@ def result_text(document: Mapping[str, Any]) -> str:
     parts.append(gates_text(document.get("gates") or ()))
     parts.append(measurements_text(document.get("measurements") or ()))
     parts.append(comparisons_text(document.get("comparisons") or ()))
+    parts.append(seeds_text(document.get("seeds") or ()))
     parts.append(references_text(document.get("references") or ()))
     parts.append(training_text(document.get("train") or {}))
     parts.append(checks_text(document.get("checks") or ()))
@@ -115,6 +116,17 @@ def rows_needed_text(plan: Mapping[str, Any]) -> str:
         f"  show: a true difference of {points} is found, either way\n"
         f"  certify: no more than {points} were lost, when nothing was lost\n\n"
         f"{table(heads, rows)}"
+    )
+
+
+def seeds_text(spreads: Sequence[Mapping[str, Any]]) -> str:
+    """Return a line for each figure over seeds, with what comes from seeds and what from rows."""
+    return "\n".join(
+        f"{s['task']} {s['metric']} {s['arm']}{' - ' + s['against'] if s['against'] else ''} over "
+        f"{len(s['values'])} seeds: {', '.join(_percent(value) for value in s['values'])}; "
+        f"standard deviation of seeds {100 * s['seed_deviation']:.1f} points, standard error of "
+        f"rows {100 * s['row_error']:.1f} points"
+        for s in spreads
     )
 
 

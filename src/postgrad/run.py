@@ -148,6 +148,11 @@ class Run:
         return self.path / "export"
 
     @property
+    def seeds(self) -> Path:
+        """Folder of the runs of each seed, when there are several: a run directory each."""
+        return self.path / "seeds"
+
+    @property
     def report_path(self) -> Path:
         """report.html."""
         return self.path / "report.html"
@@ -390,6 +395,10 @@ def find_resumable(
             raise RunError(
                 f"{out} belongs to another recipe ({_difference(run.recipe, recipe)})",
                 "resume with the recipe it was started with, or use another --out",
+            )
+        if (run.record["verb"] == "seeds") != (verb == "seeds"):
+            raise RunError(
+                f"{out} was made by another command", "give --seeds as before, or another --out"
             )
         return run
     suffix = f"-{recipe.name}-{verb}-{recipe.hash()[:6]}"

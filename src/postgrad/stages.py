@@ -5,7 +5,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,32 @@ def run(recipe: Recipe, options: Options, facts: Mapping[str, Any] | None = None
         return plan(recipe, options)
     with _open(recipe, "run", options) as run:
         run.update(**(facts or {}))
-        dataset = _data(run, options)
-        _train(run, dataset, options)
-        _evaluate(run, dataset, options)
-        return _finish(run, options)
+        return _whole(run, options)
+
+
+def run_seeds(recipe: Recipe, count: int, options: Options) -> dict[str, Any]:
+    """Do a recipe with `count` seeds on the same split, each in a run of its own, and combine them.
+
+    A seed that is finished is not run again; what the base model answered is taken from the first.
+    """
+    from postgrad.evaluate.seeds import combine, reuse_base_evidence
+
+    if options.dry_run:
+        return plan(recipe, options)
+    with _open(recipe, "seeds", options) as parent:
+        members: list[Run] = []
+        for seed in range(recipe.seed, recipe.seed + count):
+            member = Run(parent.seeds / str(seed))
+            begun = member.record_path.exists()
+            if not begun or member.record["status"] != "done":
+                inside = replace(options, out=member.path, resume=begun)
+                with _open(recipe.with_seed(seed), "run", inside) as member:
+                    if members:
+                        reuse_base_evidence(members[0], member)
+                    _whole(member, inside)
+            members.append(member)
+        combine(parent, members)
+        return _finish(parent, options)
 
 
 def train(recipe: Recipe, options: Options) -> dict[str, Any]:
@@ -69,7 +91,8 @@ def report(run: Run) -> dict[str, Any]:
     from postgrad.report.model_card import write_model_card
 
     write_report(run)
-    write_model_card(run)
+    if not run.seeds.is_dir():
+        write_model_card(run)
     return document(run)
 
 
@@ -103,7 +126,7 @@ def plan(recipe: Recipe, options: Options) -> dict[str, Any]:
     from postgrad.train.session import open_session
 
     options.show.stage("data")
-    dataset = load_dataset(recipe.data, recipe.seed)
+    dataset = load_dataset(recipe.data, recipe.data_seed)
     options.show.stage("model")
     session = open_session(recipe, dataset)
     counts = {str(split): len(dataset.of(split)) for split in Split if dataset.of(split)}
@@ -115,7 +138,7 @@ def explain_row(recipe: Recipe, row: int) -> list[tuple[str, float]]:
     from postgrad.data.render import Renderer
     from postgrad.model.load import load_tokenizer, model_directory
 
-    rows = load_dataset(recipe.data, recipe.seed).of(Split.TRAIN)
+    rows = load_dataset(recipe.data, recipe.data_seed).of(Split.TRAIN)
     if not 1 <= row <= len(rows):
         raise ConfigError(f"there is no training row {row}", f"choose from 1 to {len(rows)}")
     directory = model_directory(recipe.model.base, recipe.model.revision)
@@ -127,7 +150,7 @@ def doctor(recipe: Recipe) -> dict[str, Any]:
     """Run every pre-flight check of a recipe without training."""
     from postgrad.train.session import open_session
 
-    dataset = load_dataset(recipe.data, recipe.seed)
+    dataset = load_dataset(recipe.data, recipe.data_seed)
     checks = open_session(recipe, dataset).checks(_data_checks(dataset, recipe))
     return {"checks": [asdict(check) for check in checks]}
 
@@ -156,6 +179,7 @@ def document(run: Run) -> dict[str, Any]:
         "measurements": measured["measurements"],
         "comparisons": measured["comparisons"],
         "references": measured["references"],
+        "seeds": measured.get("seeds", []),
         "train": record.get("train"),
         "seconds": record.get("seconds", {}),
         "report": str(run.report_path) if run.report_path.exists() else None,
@@ -189,11 +213,18 @@ def _timed(run: Run, stage: str, options: Options) -> Iterator[None]:
         run.add_seconds(stage, time.monotonic() - began)
 
 
+def _whole(run: Run, options: Options) -> dict[str, Any]:
+    dataset = _data(run, options)
+    _train(run, dataset, options)
+    _evaluate(run, dataset, options)
+    return _finish(run, options)
+
+
 def _data(run: Run, options: Options) -> Dataset:
     if run.manifest_path.exists():
         return read_dataset(run)
     with _timed(run, "data", options):
-        dataset = load_dataset(run.recipe.data, run.recipe.seed)
+        dataset = load_dataset(run.recipe.data, run.recipe.data_seed)
         save_dataset(dataset, run)
     return dataset
 

@@ -316,6 +316,30 @@ class Comparison:
     """p after Holm's correction over the suite of comparisons that it was judged in."""
 
 
+@dataclass(frozen=True, slots=True)
+class SeedSpread:
+    """One figure over several trainings: the spread from seeds and from rows, kept apart."""
+
+    task: str
+    metric: str
+    arm: str
+    against: str
+    """Empty for the figure itself; else the arm that it is the difference to."""
+    values: tuple[float, ...]
+    """The figure of each seed."""
+    mean: float
+    seed_deviation: float
+    """Standard deviation over the seeds."""
+    row_error: float
+    """Standard error from the choice of rows."""
+    over_seeds: tuple[float, float]
+    """Low and high for new seeds on these very rows."""
+    over_rows: tuple[float, float]
+    """Low and high for new rows and these very models."""
+    over_both: tuple[float, float]
+    """Low and high for new seeds on new rows: what holds for the recipe."""
+
+
 class GateStatus(StrEnum):
     """What the figures allow one to say about a condition of the recipe."""
 

@@ -34,14 +34,14 @@ def measure(
     Raises:
         DataError: no rows, an example twice, a row without this metric, a score outside [0, 1].
     """
-    scores = np.array(list(_values(rows, metric, arm).values()))
+    scores = np.array(list(row_scores(rows, metric, arm).values()))
     if _binary(scores):
         method = "wilson"
         interval = statistics.wilson(int(scores.sum()), len(scores), confidence)
     else:
         method = "bootstrap"
         interval = statistics.bootstrap_mean(scores, confidence, seed)
-    groups = _groups(rows)
+    groups = row_groups(rows)
     if groups:
         method = "clustered"
         interval = statistics.clustered_interval(scores, groups, confidence, interval)
@@ -81,12 +81,12 @@ def compare(
         DataError: what `measure` raises; or the arms do not hold the same examples with the same
             references (unpaired data are refused, never compared as if they were paired).
     """
-    a_scores, b_scores = _values(a_rows, metric, a), _values(b_rows, metric, b)
-    _require_pairs(a_rows, b_rows, a, b)
+    a_scores, b_scores = row_scores(a_rows, metric, a), row_scores(b_rows, metric, b)
+    require_pairs(a_rows, b_rows, a, b)
     x = np.array(list(a_scores.values()))
     y = np.array([b_scores[example] for example in a_scores])
-    result = _paired(x, y, _groups(a_rows), confidence, seed)
-    bounds = _paired(x, y, _groups(a_rows), statistics.one_sided(confidence), seed)
+    result = _paired(x, y, row_groups(a_rows), confidence, seed)
+    bounds = _paired(x, y, row_groups(a_rows), statistics.one_sided(confidence), seed)
     return Comparison(
         task=task,
         metric=metric,
@@ -97,9 +97,9 @@ def compare(
         high=result.high,
         p=result.p,
         n=len(x),
-        method=_method(x, y, _groups(a_rows)),
+        method=_method(x, y, row_groups(a_rows)),
         verdict=decide(result.p, result.low, result.high, confidence),
-        detectable=_detectable(y - x, _groups(a_rows), confidence),
+        detectable=_detectable(y - x, row_groups(a_rows), confidence),
         wins=int((y > x).sum()),
         losses=int((y < x).sum()),
         lower=bounds.low,
@@ -168,7 +168,7 @@ def headline(comparisons: Sequence[Comparison], confidence: float = 0.95) -> str
     return f"inconclusive: {c.b} differs from {rival} by {facts}; {doubt}{seen}"
 
 
-def _values(rows: Sequence[Evidence], metric: str, arm: str) -> dict[str, float]:
+def row_scores(rows: Sequence[Evidence], metric: str, arm: str) -> dict[str, float]:
     """Return example id -> score, in order, having checked that each can be used."""
     if not rows:
         raise DataError(f"{arm}: no rows to measure", "evaluate at least one test row")
@@ -195,7 +195,7 @@ def _values(rows: Sequence[Evidence], metric: str, arm: str) -> dict[str, float]
     return {r.example_id: 0.0 if r.error is not None else r.scores[metric].value for r in rows}
 
 
-def _require_pairs(a_rows: Sequence[Evidence], b_rows: Sequence[Evidence], a: str, b: str) -> None:
+def require_pairs(a_rows: Sequence[Evidence], b_rows: Sequence[Evidence], a: str, b: str) -> None:
     """Raise `DataError` naming what differs unless both arms hold the same examples."""
     a_references = {row.example_id: row.reference for row in a_rows}
     b_references = {row.example_id: row.reference for row in b_rows}
@@ -222,7 +222,7 @@ def _binary(scores: statistics.Values) -> bool:
     return bool(np.isin(scores, (0.0, 1.0)).all())
 
 
-def _groups(rows: Sequence[Evidence]) -> list[str]:
+def row_groups(rows: Sequence[Evidence]) -> list[str]:
     """Return the group of each row, its id where it has none; empty when no two rows share one."""
     groups = [f"{r.example_id} alone" if r.group is None else f"group {r.group}" for r in rows]
     return groups if len(set(groups)) < len(groups) else []

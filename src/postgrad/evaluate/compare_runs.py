@@ -171,10 +171,8 @@ def _refuse_unshared(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[st
 
 
 def _measured(run: Run) -> dict[str, Any]:
-    if (run.path / "seeds").is_dir():
-        raise RunError(
-            f"{run.path} holds several seeds", f"name one of them: {run.path / 'seeds'}/SEED"
-        )
+    if run.seeds.is_dir():
+        raise RunError(f"{run.path} holds several seeds", f"name one of them: {run.seeds}/SEED")
     if not run.measurements_path.exists():
         raise RunError(f"{run.path} was not evaluated", f"run `postgrad evaluate {run.path}`")
     tree: dict[str, Any] = read_json(run.measurements_path)

@@ -183,6 +183,38 @@ def _evaluation(report: Report) -> Html:
         figure(drawn, caption) if evaluation.main else None,
         _measurements(evaluation),
         _comparisons(evaluation),
+        _seeds(evaluation) if evaluation.seeds else None,
+    )
+
+
+def _seeds(evaluation: Evaluation) -> Html:
+    within = level(evaluation.confidence)
+    rows: list[list[Content]] = [
+        [
+            arm_name(s.arm) + (f" minus {arm_name(s.against)}" if s.against else ""),
+            f"{s.task} · {metric_name(s.metric)}",
+            ", ".join(percent(value) for value in s.values),
+            percent(s.mean),
+            f"{100 * s.seed_deviation:.1f}",
+            interval(*s.over_seeds),
+            f"{100 * s.row_error:.1f}",
+            interval(*s.over_rows),
+            interval(*s.over_both),
+        ]
+        for s in evaluation.seeds
+    ]
+    heads = ["Figure", "Task · metric", "#Each seed", "#Mean", "#Deviation of seeds"]
+    heads += [f"#{within}, new seeds", "#Error of rows", f"#{within}, new rows", f"#{within}, both"]
+    return join(
+        [
+            tag("h3", "Seeds and rows apart"),
+            table(heads, rows),
+            note(
+                "New seeds: another training, tested on these very rows. New rows: these very "
+                "models on other rows. Both: what may be said about the recipe; the measurements "
+                "and comparisons above use it. The page of each seed is in seeds/."
+            ),
+        ]
     )
 
 

@@ -316,10 +316,12 @@ def unknowns(report: Report) -> list[str]:
         found.append(
             "Forgetting: not measured in this run. Whether general abilities were lost is unknown."
         )
-        found.append(
-            f"Another seed: not measured. This is one training run (seed {report.recipe.seed}); "
-            "the intervals cover the choice of test rows only."
-        )
+        if not (evaluation and evaluation.seeds):
+            found.append(
+                "Another seed: not measured. This is one training run "
+                f"(seed {report.recipe.seed}); "
+                "the intervals cover the choice of test rows only."
+            )
     return found + (_evaluation_unknowns(report, evaluation) if evaluation else [])
 
 

@@ -23,6 +23,8 @@ class TwoLevels(NamedTuple):
     """Standard deviation of the seeds' means: how far one more training may land."""
     row_error: float
     """Standard error from the choice of rows, seeds taken as they are."""
+    error: float
+    """Standard error of the mean from both."""
     over_seeds: Interval
     """Of new seeds on these very rows: Student's t over the seeds' means."""
     over_rows: Interval
@@ -71,6 +73,7 @@ def two_levels(
         mean=mean,
         seed_deviation=deviation,
         row_error=math.sqrt(squares[1] / (seeds * rows)),
+        error=error,
         over_seeds=_around(
             mean, student_critical(confidence, seeds - 1) * deviation / math.sqrt(seeds), bounds
         ),
