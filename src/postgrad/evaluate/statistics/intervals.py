@@ -95,22 +95,31 @@ def clustered_error(values: npt.ArrayLike, clusters: npt.ArrayLike) -> float:
     """Return the standard error of a mean whose rows are alike within clusters; inf for one.
 
     Rows of one subject, passage or customer are not independent: the deviations from the mean are
-    summed per cluster before they are squared. This is sqrt(G / (G - 1) * sum of squares) / n for G
-    clusters: Miller's formula, with the usual factor for few clusters; s / sqrt(n) when every
-    cluster is one row.
+    summed per cluster before they are squared. This is the jackknife that leaves out one cluster at
+    a time, which stays honest with few clusters of unequal size. With equal sizes it is Miller's
+    formula times G / (G - 1) for G clusters; with one row in each it is s / sqrt(n).
 
-    Source: Miller 2024, arXiv 2411.00640, section 2.2; Liang & Zeger 1986, Biometrika 73:13;
-    Cameron & Miller 2015, J. Hum. Resour. 50:317 (the factor).
+    Source: Miller 2024, arXiv 2411.00640, section 2.2; the jackknife (CV3) MacKinnon, Nielsen &
+    Webb 2023, J. Econometrics 232:272.
     """
     return _clustered_error(score_array(values), clusters)[0]
 
 
 def _clustered_error(x: Values, clusters: npt.ArrayLike) -> tuple[float, int]:
-    """Return the clustered standard error and the number of clusters."""
-    sums = cluster_sums(x - x.mean(), clusters)
-    if len(sums) == 1:
-        return math.inf, 1
-    return math.sqrt(len(sums) / (len(sums) - 1) * float((sums**2).sum())) / len(x), len(sums)
+    """Return the clustered standard error and its degrees of freedom; infinite, 0 for one cluster.
+
+    They are one less than the effective number of clusters, n^2 / sum of squared sizes, rounded
+    down: G - 1 when all are equally large (Carter, Schnepel & Steigerwald 2017, Rev. Econ. Stat.
+    99:698).
+    """
+    sums, sizes = cluster_sums(x - x.mean(), clusters), cluster_sums(np.ones(len(x)), clusters)
+    count = len(sums)
+    if count == 1:
+        return math.inf, 0
+    moved = sums / (len(x) - sizes)  # how far the mean moves without this cluster
+    effective = len(x) ** 2 / float((sizes**2).sum())
+    error = math.sqrt((count - 1) / count * float((moved**2).sum()))
+    return error, max(1, int(effective + 1e-9) - 1)
 
 
 def clustered_interval(
@@ -122,15 +131,15 @@ def clustered_interval(
 ) -> Interval:
     """Return an interval of a mean of clustered rows: per end, the wider of two.
 
-    One is mean +- t * `clustered_error` with Student's t of G - 1 degrees of freedom, the other the
-    interval `rows` that takes the rows for independent. So clusters never make a claim bolder, also
-    where the rows differ too seldom for their spread between clusters to be known.
+    One is mean +- t * `clustered_error` with Student's t of the effective number of clusters, the
+    other the interval `rows` that takes the rows for independent. So clusters never make a claim
+    bolder, also where rows differ too seldom for their spread between clusters to be known.
     """
     x = score_array(values)
-    mean, (error, count) = float(x.mean()), _clustered_error(x, clusters)
-    if count == 1:
+    mean, (error, degrees) = float(x.mean()), _clustered_error(x, clusters)
+    if not degrees:
         return Interval(*bounds)
-    half = student_critical(confidence, count - 1) * error
+    half = student_critical(confidence, degrees) * error
     return Interval(
         max(bounds[0], min(rows.low, mean - half)), min(bounds[1], max(rows.high, mean + half))
     )
