@@ -181,7 +181,7 @@ def graded_cells(sets: int) -> Iterator[Cell]:
 def _resample_counts(n: int) -> np.ndarray:
     """Return how often each row is drawn in each resample [resamples, n], as often as any other."""
     rng = np.random.default_rng(0)
-    counts = np.empty((RESAMPLES, n), dtype=np.float32)
+    counts = np.empty((RESAMPLES, n))
     for index in range(RESAMPLES):
         counts[index] = np.bincount(rng.integers(0, n, n, dtype=np.int32), minlength=n)
     return counts
@@ -191,7 +191,7 @@ def _graded_intervals(
     x: np.ndarray, counts: np.ndarray, bounds: tuple[float, float]
 ) -> list[Interval]:
     """Return the interval of every data set (column), by the product's own rule."""
-    means = (counts @ x.astype(np.float32)).astype(float) / len(x)
+    means = counts @ x / len(x)  # in double precision: the bias counts ties
     return [
         widened_bootstrap(column, resampled, Z, bounds)
         if np.ptp(column) > 1e-9

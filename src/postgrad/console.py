@@ -83,13 +83,19 @@ def measurements_text(measurements: Sequence[Mapping[str, Any]]) -> str:
 
 
 def comparisons_text(comparisons: Sequence[Mapping[str, Any]]) -> str:
-    """Return a line for each paired comparison."""
-    return "\n".join(
-        f"{c['b']} against {c['a']}: {c['verdict']}, {100 * c['difference']:+.1f} points "
-        f"[{100 * c['low']:+.1f}, {100 * c['high']:+.1f}], {_p_value(c['p'])}, n = {c['n']:,}; "
-        f"this n would have seen {100 * c['detectable']:.1f} points"
-        for c in comparisons
-    )
+    """Return a line for each paired comparison, under its task when there are several."""
+    several = len({c.get("task") for c in comparisons}) > 1
+    lines = []
+    for c in comparisons:
+        task = f"{c['task']}: " if several else ""
+        corrected = c.get("corrected")
+        suite = "" if corrected is None else f" (corrected for the suite: {_p_value(corrected)})"
+        lines.append(
+            f"{task}{c['b']} against {c['a']}: {c['verdict']}, {100 * c['difference']:+.1f} points "
+            f"[{100 * c['low']:+.1f}, {100 * c['high']:+.1f}], {_p_value(c['p'])}{suite}, "
+            f"n = {c['n']:,}; this n would have seen {100 * c['detectable']:.1f} points"
+        )
+    return "\n".join(lines)
 
 
 def rows_needed_text(plan: Mapping[str, Any]) -> str:

@@ -51,7 +51,8 @@ def compare_runs(a: Run, b: Run) -> dict[str, Any]:
     found = {key: _compare(a, b, key, (here[key], there[key]), names, confidence) for key in shared}
     for arm in dict.fromkeys(key.arm for key in shared):
         suite = [key for key in shared if key.arm == arm and key.task is not None]
-        found |= zip(suite, correct([found[key] for key in suite], confidence), strict=True)
+        if len(suite) > 1:
+            found |= zip(suite, correct([found[key] for key in suite], confidence), strict=True)
     decisive = [c for key, c in found.items() if (key.task, key.arm) == (None, TUNED)]
     return {
         "runs": [str(a.path), str(b.path)],

@@ -64,7 +64,12 @@ def _target(
     if asked["value"]:
         return _level(rule, float(asked["value"]), own)
     if not rivals:
-        return Gate("target", rule, GateStatus.UNDECIDED, "not measured: no prompting arm")
+        return Gate(
+            "target",
+            rule,
+            GateStatus.UNDECIDED,
+            "not measured: no prompting arm; undecided counts as not met",
+        )
     margin = float(asked["points"] or 0) / 100
     judged = []
     for c in rivals:
@@ -95,8 +100,8 @@ def _retention(name: str, points: float, found: Sequence[Comparison], confidence
     """Judge one benchmark; of several metrics the worst decides."""
     rule = f"at most {points:g} points lost"
     if not found:
-        what = "no benchmark" if name == ALL else "this benchmark"
-        unknown = f"not measured: {what} was run on base and tuned model"
+        what = "no benchmark was run" if name == ALL else "it was not run"
+        unknown = f"not measured: {what} on both base and tuned model; undecided counts as not met"
         return Gate(f"retention.{name}", rule, GateStatus.UNDECIDED, unknown)
     judged = []
     for c in found:
