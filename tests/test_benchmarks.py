@@ -380,3 +380,32 @@ def test_errors_of_an_estimate_are_relative_to_what_was_measured():
     }
     line = estimate_accuracy.accuracy_table(tasks).splitlines()[-1].split()
     assert line == ["demo", "probe", "150", "100", "+50%", "0.00", "0.00", "-10%"]
+
+
+def test_error_rates_are_counted_with_the_methods_of_the_product(monkeypatch, tmp_path, capsys):
+    import error_rates
+    import numpy as np
+
+    from postgrad.evaluate.statistics import bootstrap_mean, wilson
+
+    monkeypatch.setattr(error_rates, "SIZES", (50,))
+    monkeypatch.setattr(error_rates, "CLUSTERINGS", ((10, 5),))
+    x = error_rates.f1_like(np.random.default_rng(1), (50, 3))
+    counts = error_rates._resample_counts(50)
+    assert (counts.sum(axis=1) == 50).all()
+    for column, found in zip(x.T, error_rates._graded_intervals(x, counts, (0, 1)), strict=True):
+        assert tuple(found) == pytest.approx(tuple(bootstrap_mean(column)), abs=0.008)
+    exact = {cell["population"]: cell["coverage"] for cell in error_rates.share_cells()}
+    rng = np.random.default_rng(2)
+    ends = [wilson(int(k), 50) for k in rng.binomial(50, 0.3, 4000)]
+    assert exact["rate 0.3"] == pytest.approx(np.mean([a <= 0.3 <= b for a, b in ends]), abs=0.015)
+    cells = list(error_rates.paired_share_cells(4000))
+    assert max(cell["false_verdicts"] or 0 for cell in cells) < 0.06
+    assert max(cell["false_pass"] or 0 for cell in cells) < 0.07
+    out = tmp_path / "rates.json"
+    monkeypatch.setattr(sys, "argv", ["error_rates.py", "--quick", "--out", str(out)])
+    error_rates.main()
+    studies = {cell["study"] for cell in json.loads(out.read_text())["cells"]}
+    assert len(studies) == 7
+    printed = capsys.readouterr().out
+    assert all(study in printed for study in studies)

@@ -126,7 +126,6 @@ def test_every_kind_of_error_has_its_exit_code(monkeypatch, capsys, tmp_path):
         errors.ConfigError: 2,
         errors.DataError: 3,
         errors.PreflightError: 3,
-        errors.GateError: 4,
         errors.Interrupted: 130,
         errors.RunError: 1,
         errors.ModelError: 1,

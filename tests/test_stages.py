@@ -1,6 +1,7 @@
 """A whole recipe on the tiny model, in one process: what lies in the run directory afterwards."""
 
 import json
+import shutil
 
 import pytest
 
@@ -9,6 +10,7 @@ from postgrad.config import load_recipe
 from postgrad.data.dataset import read_dataset
 from postgrad.errors import RunError
 from postgrad.run import Run, create_run, find_resumable, read_json, read_jsonl, verify_checksums
+from postgrad.strict_yaml import parse_yaml
 from postgrad.types import Split
 from training import write_rows
 
@@ -168,3 +170,92 @@ def test_a_refused_run_says_why_and_goes_on_once_waived(tiny_model_dir, tmp_path
         if check["name"] == "held-out-size"
     ]
     assert (check["passed"], check["waived"]) == (False, True)
+
+
+def test_a_gate_that_is_not_met_is_told_and_ends_with_4(finished, tmp_path, capsys):
+    _, out, _ = finished
+    copy = Run(shutil.copytree(out, tmp_path / "copy", symlinks=True))
+    gates = {"target": ">= 0.99", "retention": {"all": 2.0}}
+    for recipe_path in (copy.recipe_path, copy.config_path):
+        tree = parse_yaml(recipe_path.read_text(encoding="utf-8"), "recipe")
+        tree["evaluate"]["gates"] = gates
+        recipe_path.write_text(json.dumps(tree), encoding="utf-8")
+    assert cli.call(["evaluate", str(copy.path), "--json"]) == 4
+    captured = capsys.readouterr()
+    document = json.loads(captured.out)
+    assert [g["name"] for g in document["gates"]] == ["target", "retention.all"]
+    assert document["gates"][1]["status"] == "UNDECIDED"
+    assert "gate not met: retention.all" in captured.err
+    assert cli.call(["evaluate", str(copy.path)]) == 4
+    assert "gates: 0 of 2 met" in capsys.readouterr().out
+    assert cli.call(["report", str(copy.path)]) == 0
+    assert "retention.all" in copy.report_path.read_text(encoding="utf-8")
+    assert copy.record["status"] == "done"
+
+
+@pytest.fixture(scope="module")
+def seeded(tiny_model_dir, tmp_path_factory):
+    """(recipe, out, document, err) of three seeds, the first time stopped after the second."""
+    folder = tmp_path_factory.mktemp("seeds")
+    path = write_recipe(folder, tiny_model_dir)
+    options = stages.Options(out=folder / "out")
+    stages.run_seeds(load_recipe(path), 2, options)
+    stamps = {p: p.stat().st_mtime_ns for p in (folder / "out" / "seeds").rglob("*.jsonl")}
+    code = cli.call(["run", str(path), "--seeds", "3", "--out", str(folder / "out"), "--resume"])
+    assert code == 0
+    return path, folder / "out", stages.document(Run(folder / "out")), stamps
+
+
+def test_seeds_share_the_rows_and_differ_in_training(seeded):
+    path, out, document, _ = seeded
+    members = [Run(out / "seeds" / seed) for seed in ("7", "8", "9")]
+    assert [m.recipe.seed for m in members] == [7, 8, 9]
+    assert {m.recipe.data_seed for m in members} == {7}
+    assert load_recipe(path).data_seed == 7
+    kept = {m.kept_path.read_bytes() for m in members}
+    assert len(kept) == 1
+    asked = {
+        tuple(row["example_id"] for row in read_jsonl(m.evidence_path("tiny", arm)))
+        for m in members
+        for arm in ("base/zero-shot", "base/few-shot-3", "tuned")
+    }
+    assert len(asked) == 1
+    base = {m.evidence_path("tiny", "base/few-shot-3").read_bytes() for m in members}
+    assert len(base) == 1
+    losses = {m.record["train"]["best_loss"] for m in members}
+    assert len(losses) == 3
+    assert document["verdict"].startswith("over 3 seeds: ")
+    assert Run(out).record["seeds"] == [7, 8, 9]
+
+
+def test_finished_seeds_are_not_run_again(seeded):
+    _, out, _, stamps = seeded
+    assert stamps
+    assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
+    assert Run(out).record["status"] == "done"
+    assert Run(out).changed_files() == []
+
+
+def test_the_combined_document_keeps_seeds_and_rows_apart(seeded, capsys):
+    path, out, document, _ = seeded
+    spread = {s["against"]: s for s in document["seeds"]}
+    assert set(spread) == {"", "base/zero-shot", "base/few-shot-3"}
+    own = spread[""]
+    values = [
+        [row["scores"]["exact_match"]["value"] for row in read_jsonl(
+            Run(out / "seeds" / seed).evidence_path("tiny", "tuned"))]
+        for seed in ("7", "8", "9")
+    ]  # fmt: skip
+    means = [sum(v) / len(v) for v in values]
+    assert own["values"] == pytest.approx(means)
+    tuned = document["measurements"][-1]
+    assert (tuned["arm"], tuned["method"], tuned["n"]) == ("tuned", "two-level", 8)
+    assert [tuned["low"], tuned["high"]] == own["over_both"]
+    assert [c["method"] for c in document["comparisons"]] == ["two-level"] * 2
+    assert "Seeds and rows apart" in Run(out).report_path.read_text(encoding="utf-8")
+    assert "Another seed: not measured" not in Run(out).report_path.read_text(encoding="utf-8")
+    assert cli.call(["report", str(out)]) == 0
+    assert "over 3 seeds:" in capsys.readouterr().out
+    assert cli.call(["run", str(path), "--out", str(out), "--resume"]) == 1
+    assert "another command" in capsys.readouterr().err
+    assert cli.call(["run", str(path), "--seeds", "1"]) == 2

@@ -16,6 +16,7 @@ spec names, until its rows are used up or whoever started it ends it. The spec:
 """
 
 import json
+import random
 import sys
 import time
 from pathlib import Path
@@ -154,10 +155,26 @@ def train(spec: dict[str, Any], model: Any, adapter: LoraConfig | None) -> None:
         peft_config=adapter,
         callbacks=[recorder],
     )
+    if settings.train_sampling_strategy == "group_by_length":
+        shuffle_batches(trainer)
     recorder.facts = facts(trainer)
     recorder.watch(trainer)
     transformers.logging.set_verbosity_error()
     trainer.train()
+
+
+def shuffle_batches(trainer: SFTTrainer) -> None:
+    """Give the batches of rows of similar length a random order.
+
+    The sampler sorts blocks of 50 steps from long to short, so that a short measurement would see
+    the longest rows only.
+    """
+    size = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
+    rows = list(trainer._get_train_sampler(trainer.train_dataset))
+    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    random.Random(trainer.args.seed).shuffle(batches)
+    order = [row for batch in batches for row in batch]
+    trainer._get_train_sampler = lambda *_: order
 
 
 def main() -> None:

@@ -92,12 +92,18 @@ def demo(
 def run(
     recipe: RecipePath,
     overrides: Overrides = None,
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", metavar="N", min=2, help="Train N seeds, same rows.")
+    ] = None,
     out: Out = None,
     resume: Resume = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> Reply:
     """Do a whole recipe: data, train, evaluate, report."""
+    if seeds is not None:
+        options = _options(out, resume, dry_run)
+        return _staged("run_seeds", _recipe(recipe, overrides), seeds, options)
     return _staged("run", _recipe(recipe, overrides), _options(out, resume, dry_run))
 
 
@@ -157,6 +163,36 @@ def evaluate(
     from postgrad.run import open_run
 
     return _staged("evaluate", open_run(target), _options(out, resume))
+
+
+@app.command("compare")
+def compare(
+    run_dirs: Annotated[
+        list[Path] | None, typer.Argument(metavar="RUN_A RUN_B", help="Two evaluated runs.")
+    ] = None,
+    plan: Annotated[
+        float | None,
+        typer.Option(
+            "--plan", metavar="POINTS", min=0.1, max=100, help="Say how many rows show POINTS."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> Reply:
+    """Compare two runs row by row, or plan how many rows to test.
+
+    Both runs must have answered the same rows. With --plan POINTS and no run, one run or two: how
+    many test rows show a difference of so many percentage points.
+    """
+    from postgrad.run import open_run
+
+    found = [open_run(path) for path in run_dirs or ()]
+    if plan is not None and len(found) <= 2:
+        return _staged("plan_rows", plan, found)
+    if len(found) != 2:
+        raise errors.ConfigError(
+            f"compare takes two runs, not {len(found)}", "write: compare RUN_A RUN_B"
+        )
+    return _staged("compare", *found)
 
 
 @app.command("report")
@@ -307,7 +343,9 @@ def _staged(stage: str, *arguments: Any) -> Reply:
 
     with contextlib.redirect_stdout(sys.stderr):
         document = getattr(stages, stage)(*arguments)
-    return Reply(document, lambda: console.result_text(document))
+    met = all(gate["status"] == "PASS" for gate in document.get("gates", ()))
+    code = 0 if met or stage == "report" else 4
+    return Reply(document, lambda: console.result_text(document), code)
 
 
 def call(arguments: list[str]) -> int:

@@ -30,6 +30,7 @@ from postgrad.strict_yaml import dump_yaml, key_lines, parse_yaml
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Auto = Literal["auto"]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Source = Annotated[str, Field(min_length=1)]
 
 
@@ -151,6 +152,9 @@ class DataConfig(Section):
     """Rows longer than max_length: refuse with a table of lengths, drop, or cut the end off."""
     limit: PositiveInt | None = None
     """Use at most this many training rows (a seeded sample, taken after the split)."""
+    seed: Seed | None = None
+    """Seed of the splits, of the rows tested and of the few-shot examples; null = the recipe's
+    seed. Keep it when only the training should get another seed, so that runs can be compared."""
 
 
 class EarlyStoppingConfig(Section):
@@ -227,6 +231,24 @@ ScorerName = Literal[
 ]
 
 
+TARGET_GATE = re.compile(
+    r"(?P<sign>>=|>)\s*few-shot|>=\s*few-shot\s*-\s*(?P<points>\d+(\.\d+)?)|>=\s*(?P<value>[01]?\.\d+)"
+)
+"""What `evaluate.gates.target` may say."""
+
+
+class GatesConfig(Section):
+    """Conditions for shipping; one that is not met ends the command with exit code 4."""
+
+    target: str | None = None
+    """What the tuned model must reach on the test rows: `>= few-shot` (shown to be at least as good
+    as every prompting arm), `>= few-shot - 2` (shown to be at most 2 points worse), `> few-shot`
+    (shown to be better), `>= 0.80` (the interval does not go below 0.80)."""
+    retention: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """Points that may be lost at most, by benchmark, for example {hellaswag: 1.5, all: 2}; `all`
+    stands for every benchmark that is not named. Met when the loss is shown to be no larger."""
+
+
 class EvaluateConfig(Section):
     """How base and tuned model are compared on the test rows."""
 
@@ -244,6 +266,8 @@ class EvaluateConfig(Section):
     """Prompt tokens generated from at once."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     """Level of every interval and test."""
+    gates: GatesConfig = GatesConfig()
+    """What must hold for the run to succeed."""
 
 
 class ReportConfig(Section):
@@ -268,7 +292,7 @@ class Recipe(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)]
     """Short name; part of the run directory's name."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 7
+    seed: Seed = 7
     """Seed of splits, order, initialisation, dropout, few-shot examples and bootstraps."""
     model: ModelConfig
     """The model and its adapter."""
@@ -292,6 +316,17 @@ class Recipe(Section):
             raise ValueError(f"evaluate.pattern is not a regular expression: {error}") from None
         if len(set(evaluate.fewshot)) < len(evaluate.fewshot):
             raise ValueError("evaluate.fewshot names the same number of examples twice")
+        target = TARGET_GATE.fullmatch(evaluate.gates.target or ">= few-shot")
+        if target is None:
+            raise ValueError(
+                f"evaluate.gates.target is {evaluate.gates.target!r}; write '>= few-shot', "
+                "'>= few-shot - 2', '> few-shot' or '>= 0.80'"
+            )
+        if evaluate.gates.target and not target["value"] and not any(evaluate.fewshot):
+            raise ValueError(
+                "evaluate.gates.target speaks of few-shot prompting, but evaluate.fewshot has no "
+                "number above 0"
+            )
         if (data.format == "columns") != (data.columns is not None):
             raise ValueError("data.format columns and data.columns go together")
         if "{prompt}" not in data.prompt_template:
@@ -301,14 +336,41 @@ class Recipe(Section):
             raise ValueError("data.validation and data.test together leave no rows to train on")
         return self
 
+    @property
+    def data_seed(self) -> int:
+        """The seed of everything that must not differ between runs to be compared."""
+        return self.seed if self.data.seed is None else self.data.seed
+
+    def with_seed(self, seed: int) -> Self:
+        """Return the recipe with another seed of the training and the same rows in every split."""
+        data = self.data.model_copy(update={"seed": self.data_seed})
+        return self.model_copy(update={"seed": seed, "data": data})
+
     def hash(self) -> str:
         """Return 64 hex digits over the resolved content: equal recipes, equal hash."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def differences(self, other: "Recipe") -> dict[str, tuple[Any, Any]]:
+        """Return dotted key -> (value here, value there) for every key that differs."""
+        here, there = _flat(self.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
+        keys = dict.fromkeys([*here, *there])
+        return {
+            key: (here.get(key), there.get(key)) for key in keys if here.get(key) != there.get(key)
+        }
+
     def to_yaml(self) -> str:
         """Return the resolved recipe as YAML; `parse_recipe` of it gives an equal recipe."""
         return dump_yaml(self.model_dump(mode="json"))
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        )
+    return flat
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

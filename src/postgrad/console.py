@@ -37,15 +37,33 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def result_text(document: Mapping[str, Any]) -> str:
     """Return the outcome of a stage: verdict, measurements, comparisons, plan, checks, paths."""
     parts = [f"verdict: {document['verdict']}"] if document.get("verdict") else []
+    parts.append(gates_text(document.get("gates") or ()))
     parts.append(measurements_text(document.get("measurements") or ()))
     parts.append(comparisons_text(document.get("comparisons") or ()))
+    parts.append(seeds_text(document.get("seeds") or ()))
     parts.append(references_text(document.get("references") or ()))
     parts.append(training_text(document.get("train") or {}))
     parts.append(checks_text(document.get("checks") or ()))
-    parts.append(estimate_text(document.get("estimate") or document.get("plan") or {}))
+    plan = document.get("estimate") or document.get("plan") or {}
+    parts.append(rows_needed_text(plan) if "points" in plan else estimate_text(plan))
+    changed = {
+        key: f"{plain(a)} -> {plain(b)}" for key, (a, b) in document.get("recipe", {}).items()
+    }
+    parts.append(mapping_text({"recipe": changed}) if changed else "")
+    parts += [f"only in {what}" for what in document.get("unshared", ())]
     places = ("run", "report", "model_card", "export", "attribution")
     parts.append(mapping_text({key: document[key] for key in places if document.get(key)}))
     return "\n\n".join(part for part in parts if part)
+
+
+def gates_text(gates: Sequence[Mapping[str, Any]]) -> str:
+    """Return a table of the recipe's gates, and how many were met."""
+    if not gates:
+        return ""
+    met = sum(gate["status"] == "PASS" for gate in gates)
+    rows = [[gate["name"], gate["rule"], str(gate["status"]), gate["finding"]] for gate in gates]
+    head = f"gates: {met} of {len(gates)} met"
+    return f"{head}\n{table(['gate', 'asked for', 'result', 'finding'], rows)}"
 
 
 def measurements_text(measurements: Sequence[Mapping[str, Any]]) -> str:
@@ -65,12 +83,56 @@ def measurements_text(measurements: Sequence[Mapping[str, Any]]) -> str:
 
 
 def comparisons_text(comparisons: Sequence[Mapping[str, Any]]) -> str:
-    """Return a line for each paired comparison."""
+    """Return a line for each paired comparison, under its task when there are several."""
+    several = len({c.get("task") for c in comparisons}) > 1
+    lines = []
+    for c in comparisons:
+        task = f"{c['task']}: " if several else ""
+        corrected = c.get("corrected")
+        suite = "" if corrected is None else f" (corrected for the suite: {_p_value(corrected)})"
+        lines.append(
+            f"{task}{c['b']} against {c['a']}: {c['verdict']}, {100 * c['difference']:+.1f} points "
+            f"[{100 * c['low']:+.1f}, {100 * c['high']:+.1f}], {_p_value(c['p'])}{suite}, "
+            f"n = {c['n']:,}; this n would have seen {100 * c['detectable']:.1f} points"
+        )
+    return "\n".join(lines)
+
+
+def rows_needed_text(plan: Mapping[str, Any]) -> str:
+    """Return the planner's table: how often arms differ, and the rows that a difference needs."""
+    points, first = f"{plan['points']:g} points", plan["rows"][0]
+    powers = [f"{100 * float(power):.0f}% power" for power in first["rows_to_show"]]
+    rows = [
+        [
+            row["task"],
+            row["arms"],
+            f"{row['measured_rows'] or ''}",
+            f"{_percent(row['discordance'])} of rows"
+            if "discordance" in row
+            else f"deviation {row['deviation']:.3f}",
+            *(f"{n:,}" for n in row["rows_to_show"].values()),
+            *(f"{n:,}" for n in row["rows_to_certify"].values()),
+        ]
+        for row in plan["rows"]
+    ]
+    heads = ["task", "arms", "tested", "arms differ on"]
+    heads += [f"show, {power}" for power in powers] + [f"certify, {power}" for power in powers]
+    return (
+        f"test rows needed at {100 * plan['confidence']:g}% confidence\n"
+        f"  show: a true difference of {points} is found, either way\n"
+        f"  certify: no more than {points} were lost, when nothing was lost\n\n"
+        f"{table(heads, rows)}"
+    )
+
+
+def seeds_text(spreads: Sequence[Mapping[str, Any]]) -> str:
+    """Return a line for each figure over seeds, with what comes from seeds and what from rows."""
     return "\n".join(
-        f"{c['b']} against {c['a']}: {c['verdict']}, {100 * c['difference']:+.1f} points "
-        f"[{100 * c['low']:+.1f}, {100 * c['high']:+.1f}], {_p_value(c['p'])}, n = {c['n']:,}; "
-        f"this n would have seen {100 * c['detectable']:.1f} points"
-        for c in comparisons
+        f"{s['task']} {s['metric']} {s['arm']}{' - ' + s['against'] if s['against'] else ''} over "
+        f"{len(s['values'])} seeds: {', '.join(_percent(value) for value in s['values'])}; "
+        f"standard deviation of seeds {100 * s['seed_deviation']:.1f} points, standard error of "
+        f"rows {100 * s['row_error']:.1f} points"
+        for s in spreads
     )
 
 
@@ -200,7 +262,8 @@ def run_text(run: Mapping[str, Any]) -> str:
     head = {key: run[key] for key in keys if run.get(key) is not None} | {"files": sealed}
     seconds = run.get("seconds_by_stage", {}).items()
     spent = {f"time: {stage}": duration(value) for stage, value in seconds}
-    parts = [mapping_text(head | spent), measurements_text(run.get("measurements", ()))]
+    parts = [mapping_text(head | spent), gates_text(run.get("gates", ()))]
+    parts.append(measurements_text(run.get("measurements", ())))
     parts.append(comparisons_text(run.get("comparisons", ())))
     return "\n\n".join(part for part in parts if part)
 

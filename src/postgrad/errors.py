@@ -52,12 +52,6 @@ class RunError(PostgradError):
     """A run directory cannot be created, locked, resumed or read."""
 
 
-class GateError(PostgradError):
-    """A quality gate of the recipe was not met."""
-
-    exit_code = 4
-
-
 class Interrupted(PostgradError):
     """Stopped by the user; the checkpoint was saved first."""
 

@@ -22,9 +22,9 @@ LOGIT_CHUNK = 1024
 PROGRAM_BYTES = 550_000_000
 """Interpreter and libraries, resident on a CPU once a model has been loaded."""
 HIDDEN_VECTORS = 8
-"""Vectors of the hidden size that a layer keeps per token for its backward pass: two norms with their
-inputs, queries, keys and values as the attention reads them, its probabilities and its result. In
-units of the compute precision; measured with fused layers (model.fused)."""
+"""Vectors of the hidden size that a layer keeps per token for its backward pass: two norms with
+their inputs, queries, keys and values as the attention reads them, its probabilities and its
+result. In units of the compute precision; measured with fused layers (model.fused)."""
 INTERMEDIATE_VECTORS = 3
 """The same of the intermediate size: gate, up and their product."""
 

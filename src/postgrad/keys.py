@@ -145,6 +145,8 @@ def _type_name(annotation: Any) -> str:
     origin = getattr(annotation, "__origin__", None)
     if origin is Literal:
         return " | ".join(str(argument) for argument in arguments)
+    if origin is dict:
+        return f"{_type_name(arguments[1])} by name"
     if origin is tuple:
         return "list of " + _type_name(arguments[0])
     if arguments:

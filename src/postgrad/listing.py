@@ -51,6 +51,7 @@ def describe_run(path: Path) -> dict[str, Any]:
         "finished": record.get("finished"),
         "seed": record.get("seed"),
         "recipe_hash": record.get("recipe_hash"),
+        "gates": record.get("gates", []),
         "measurements": results.get("measurements", []),
         "comparisons": results.get("comparisons", []),
         "seconds_by_stage": record.get("seconds", {}),

@@ -148,6 +148,11 @@ class Run:
         return self.path / "export"
 
     @property
+    def seeds(self) -> Path:
+        """Folder of the runs of each seed, when there are several: a run directory each."""
+        return self.path / "seeds"
+
+    @property
     def report_path(self) -> Path:
         """report.html."""
         return self.path / "report.html"
@@ -391,6 +396,10 @@ def find_resumable(
                 f"{out} belongs to another recipe ({_difference(run.recipe, recipe)})",
                 "resume with the recipe it was started with, or use another --out",
             )
+        if (run.record["verb"] == "seeds") != (verb == "seeds"):
+            raise RunError(
+                f"{out} was made by another command", "give --seeds as before, or another --out"
+            )
         return run
     suffix = f"-{recipe.name}-{verb}-{recipe.hash()[:6]}"
     found = [run for run in list_runs(root or Path("runs")) if suffix in run.path.name]
@@ -455,17 +464,8 @@ def _cut_unfinished_line(file: IO[bytes]) -> None:
 
 
 def _difference(a: Recipe, b: Recipe) -> str:
-    def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-        for key, value in tree.items():
-            if isinstance(value, Mapping):
-                yield from flat(value, f"{prefix}{key}.")
-            else:
-                yield prefix + key, value
-
-    left, right = dict(flat(a.model_dump())), dict(flat(b.model_dump()))
-    for key in {**left, **right}:
-        if left.get(key) != right.get(key):
-            return f"{key}: {left.get(key)!r} there, {right.get(key)!r} here"
+    for key, (left, right) in a.differences(b).items():
+        return f"{key}: {left!r} there, {right!r} here"
     return "different hash"
 
 

@@ -4,8 +4,8 @@ import contextlib
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from postgrad.data.dataset import Dataset, load_dataset, read_dataset, save_data
 from postgrad.errors import ConfigError
 from postgrad.progress import Display, SilentDisplay
 from postgrad.run import Run, create_run, find_resumable, read_json
-from postgrad.types import Check, Split
+from postgrad.types import Check, Comparison, Measurement, Split, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +37,32 @@ def run(recipe: Recipe, options: Options, facts: Mapping[str, Any] | None = None
         return plan(recipe, options)
     with _open(recipe, "run", options) as run:
         run.update(**(facts or {}))
-        dataset = _data(run, options)
-        _train(run, dataset, options)
-        _evaluate(run, dataset, options)
-        return _finish(run, options)
+        return _whole(run, options)
+
+
+def run_seeds(recipe: Recipe, count: int, options: Options) -> dict[str, Any]:
+    """Do a recipe with `count` seeds on the same split, each in a run of its own, and combine them.
+
+    A seed that is finished is not run again; what the base model answered is taken from the first.
+    """
+    from postgrad.evaluate.seeds import combine, reuse_base_evidence
+
+    if options.dry_run:
+        return plan(recipe, options)
+    with _open(recipe, "seeds", options) as parent:
+        members: list[Run] = []
+        for seed in range(recipe.seed, recipe.seed + count):
+            member = Run(parent.seeds / str(seed))
+            begun = member.record_path.exists()
+            if not begun or member.record["status"] != "done":
+                inside = replace(options, out=member.path, resume=begun)
+                with _open(recipe.with_seed(seed), "run", inside) as member:
+                    if members:
+                        reuse_base_evidence(members[0], member)
+                    _whole(member, inside)
+            members.append(member)
+        combine(parent, members)
+        return _finish(parent, options)
 
 
 def train(recipe: Recipe, options: Options) -> dict[str, Any]:
@@ -69,8 +91,23 @@ def report(run: Run) -> dict[str, Any]:
     from postgrad.report.model_card import write_model_card
 
     write_report(run)
-    write_model_card(run)
+    if not run.seeds.is_dir():
+        write_model_card(run)
     return document(run)
+
+
+def compare(a: Run, b: Run) -> dict[str, Any]:
+    """Compare two runs row by row, from their evidence alone."""
+    from postgrad.evaluate.compare_runs import compare_runs
+
+    return compare_runs(a, b)
+
+
+def plan_rows(points: float, runs: Sequence[Run]) -> dict[str, Any]:
+    """Say how many test rows show a difference of so many points."""
+    from postgrad.evaluate.compare_runs import plan_rows as planned
+
+    return planned(points, runs)
 
 
 def demo(minutes: float, options: Options) -> dict[str, Any]:
@@ -89,7 +126,7 @@ def plan(recipe: Recipe, options: Options) -> dict[str, Any]:
     from postgrad.train.session import open_session
 
     options.show.stage("data")
-    dataset = load_dataset(recipe.data, recipe.seed)
+    dataset = load_dataset(recipe.data, recipe.data_seed)
     options.show.stage("model")
     return {"plan": dry_run(open_session(recipe, dataset), dataset)}
 
@@ -136,7 +173,7 @@ def explain_row(recipe: Recipe, row: int) -> list[tuple[str, float]]:
     from postgrad.data.render import Renderer
     from postgrad.model.load import load_tokenizer, model_directory
 
-    rows = load_dataset(recipe.data, recipe.seed).of(Split.TRAIN)
+    rows = load_dataset(recipe.data, recipe.data_seed).of(Split.TRAIN)
     if not 1 <= row <= len(rows):
         raise ConfigError(f"there is no training row {row}", f"choose from 1 to {len(rows)}")
     directory = model_directory(recipe.model.base, recipe.model.revision)
@@ -148,7 +185,7 @@ def doctor(recipe: Recipe) -> dict[str, Any]:
     """Run every pre-flight check of a recipe without training."""
     from postgrad.train.session import open_session
 
-    dataset = load_dataset(recipe.data, recipe.seed)
+    dataset = load_dataset(recipe.data, recipe.data_seed)
     checks = open_session(recipe, dataset).checks(_data_checks(dataset, recipe))
     return {"checks": [asdict(check) for check in checks]}
 
@@ -173,9 +210,11 @@ def document(run: Run) -> dict[str, Any]:
     return {
         "run": str(run.path),
         "verdict": record.get("verdict"),
+        "gates": record.get("gates", []),
         "measurements": measured["measurements"],
         "comparisons": measured["comparisons"],
         "references": measured["references"],
+        "seeds": measured.get("seeds", []),
         "train": record.get("train"),
         "seconds": record.get("seconds", {}),
         "report": str(run.report_path) if run.report_path.exists() else None,
@@ -209,11 +248,18 @@ def _timed(run: Run, stage: str, options: Options) -> Iterator[None]:
         run.add_seconds(stage, time.monotonic() - began)
 
 
+def _whole(run: Run, options: Options) -> dict[str, Any]:
+    dataset = _data(run, options)
+    _train(run, dataset, options)
+    _evaluate(run, dataset, options)
+    return _finish(run, options)
+
+
 def _data(run: Run, options: Options) -> Dataset:
     if run.manifest_path.exists():
         return read_dataset(run)
     with _timed(run, "data", options):
-        dataset = load_dataset(run.recipe.data, run.recipe.seed)
+        dataset = load_dataset(run.recipe.data, run.recipe.data_seed)
         save_dataset(dataset, run)
     return dataset
 
@@ -255,7 +301,32 @@ def _evaluate(run: Run, dataset: Dataset, options: Options) -> None:
         evaluate_run(run, dataset, options.show)
 
 
+def _judge(run: Run, options: Options) -> None:
+    """Judge the recipe's gates by what was measured of the tuned model; say which are not met."""
+    from postgrad.evaluate.gates import TUNED, judge_gates, unmet
+
+    gates = run.config.evaluate.gates
+    if not run.measurements_path.exists() or not (gates.target or gates.retention):
+        return
+    measured = read_json(run.measurements_path)
+    measurements = [Measurement(**m) for m in measured["measurements"]]
+    if all(m.arm != TUNED for m in measurements):
+        return
+    judged = judge_gates(
+        gates,
+        measured["task"],
+        measured["metric"],
+        measurements,
+        [Comparison(**{**c, "verdict": Verdict(c["verdict"])}) for c in measured["comparisons"]],
+        run.config.evaluate.confidence,
+    )
+    run.update(gates=[asdict(gate) for gate in judged])
+    for gate in unmet(judged):
+        options.show.note(f"gate not met: {gate.name} {gate.rule}: {gate.status}, {gate.finding}")
+
+
 def _finish(run: Run, options: Options) -> dict[str, Any]:
+    _judge(run, options)
     with _timed(run, "report", options):
         report(run)
     report(run)

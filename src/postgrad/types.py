@@ -252,6 +252,8 @@ class Evidence:
     completion_tokens: int = 0
     seconds: float = 0.0
     error: str | None = None
+    group: str | None = None
+    """Rows of one group (subject, passage, customer) are not independent: errors are clustered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +269,7 @@ class Measurement:
     high: float
     n: int
     method: str = "wilson"
-    """How the interval was made: `wilson`, `bootstrap`, `normal`."""
+    """How the interval was made: `wilson`, `bootstrap`, `clustered`, `two-level`."""
     evidence: str = ""
     """Path inside the run directory."""
     errors: int = 0
@@ -296,13 +298,70 @@ class Comparison:
     p: float
     n: int
     method: str
-    """`mcnemar-exact` for 0/1 scores, `paired-bootstrap` otherwise."""
+    """`mcnemar-exact` for 0/1 scores, `paired-bootstrap` for graded ones, `paired-clustered` for
+    rows in groups, `two-level` over several seeds."""
     verdict: Verdict
     detectable: float
     """Smallest true difference this n would have seen with 80 % power at the same confidence."""
     wins: int = 0
     """Rows that b got right and a did not (or scored higher)."""
     losses: int = 0
+    lower: float = -1.0
+    """One-sided bound at the same confidence: the true difference is at least this."""
+    upper: float = 1.0
+    """One-sided bound: the true difference is at most this."""
+    deviation: float | None = None
+    """Standard deviation of the differences, row by row: what a planner needs."""
+    corrected: float | None = None
+    """p after Holm's correction over the suite of comparisons that it was judged in."""
+
+
+@dataclass(frozen=True, slots=True)
+class SeedSpread:
+    """One figure over several trainings: the spread from seeds and from rows, kept apart."""
+
+    task: str
+    metric: str
+    arm: str
+    against: str
+    """Empty for the figure itself; else the arm that it is the difference to."""
+    values: tuple[float, ...]
+    """The figure of each seed."""
+    mean: float
+    seed_deviation: float
+    """Standard deviation over the seeds."""
+    row_error: float
+    """Standard error from the choice of rows."""
+    over_seeds: tuple[float, float]
+    """Low and high for new seeds on these very rows."""
+    over_rows: tuple[float, float]
+    """Low and high for new rows and these very models."""
+    over_both: tuple[float, float]
+    """Low and high for new seeds on new rows: what holds for the recipe."""
+
+
+class GateStatus(StrEnum):
+    """What the figures allow one to say about a condition of the recipe."""
+
+    PASS = "PASS"
+    """Shown to hold."""
+    FAIL = "FAIL"
+    """Shown not to hold."""
+    UNDECIDED = "UNDECIDED"
+    """Neither: too few rows, or not measured. Counts as not met."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """A condition of `evaluate.gates` and whether it was met."""
+
+    name: str
+    """`target`, or `retention` and a task: `retention.hellaswag`."""
+    rule: str
+    """What was asked for."""
+    status: GateStatus
+    finding: str
+    """The figures it rests on, in words."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,12 @@
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from postgrad.errors import DataError
-from postgrad.evaluate.compare import best_base, compare, headline, measure
+from postgrad.evaluate.compare import best_base, compare, correct, headline, measure
 from postgrad.evaluate.statistics import mcnemar_exact, wilson
 from postgrad.types import Evidence, Measurement, Score, Verdict
 
@@ -104,6 +105,42 @@ def test_equal_arms_are_inconclusive_with_a_real_interval(n, value):
     assert (c.verdict, c.difference, c.p) == (Verdict.INCONCLUSIVE, 0, 1)
     assert c.low < 0 < c.high
     assert 0 < c.detectable <= 1
+
+
+def grouped(scores, size):
+    """Rows in groups of `size` that stand one after another."""
+    return [replace(row, group=str(i // size)) for i, row in enumerate(evidence(scores))]
+
+
+def test_rows_of_one_group_count_for_less():
+    a, b = [0] * 60, [1] * 20 + [0] * 40
+    alone = judge(a, b)
+    together = compare(grouped(a, 10), grouped(b, 10), "task", METRIC, "base", "tuned")
+    assert (alone.verdict, together.verdict) == (Verdict.IMPROVED, Verdict.INCONCLUSIVE)
+    assert together.method == "paired-clustered"
+    assert together.low < alone.low < alone.high < together.high
+    assert together.detectable > alone.detectable
+    assert compare(grouped(a, 1), grouped(b, 1), "task", METRIC, alone.a, "tuned") == alone
+    share, clustered = (measure(rows, "t", METRIC, "x") for rows in (evidence(b), grouped(b, 10)))
+    assert (share.method, clustered.method) == ("wilson", "clustered")
+    assert clustered.low < share.low < share.high < clustered.high
+
+
+@given(zeros_and_ones)
+@settings(deadline=None)
+def test_one_sided_bounds_lie_inside_the_interval(pairs):
+    c = judge([x for x, _ in pairs], [y for _, y in pairs])
+    assert c.low <= c.lower <= c.difference <= c.upper <= c.high
+
+
+def test_a_suite_is_judged_as_a_whole():
+    suite = [judge([0] * 6 + [1] * 20, [1] * 26)] * 3
+    assert {c.verdict for c in suite} == {Verdict.IMPROVED}
+    corrected = correct(suite)
+    assert [c.corrected for c in corrected] == pytest.approx([3 * suite[0].p] * 3)
+    assert {c.verdict for c in corrected} == {Verdict.INCONCLUSIVE}
+    assert correct(suite[:1])[0].verdict is Verdict.IMPROVED
+    assert [(c.p, c.low, c.high) for c in corrected] == [(c.p, c.low, c.high) for c in suite]
 
 
 def test_few_rows_cannot_show_anything():

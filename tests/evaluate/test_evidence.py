@@ -24,6 +24,7 @@ evidences = st.builds(
     completion_tokens=st.integers(0, 10**6),
     seconds=st.floats(0, 1e4),
     error=st.none() | texts,
+    group=st.none() | texts,
 )
 ROW = Evidence(
     "a1",
@@ -49,6 +50,12 @@ def test_a_line_holds_every_field():
     assert list(row) == [field.name for field in dataclasses.fields(Evidence)]
     assert row["stop_reason"] == "stop"
     assert row["scores"]["f1"] == {"value": 0.5, "passed": False, "explanation": "half"}
+
+
+def test_a_line_without_a_group_is_one_row_alone():
+    row = to_row(ROW)
+    del row["group"]
+    assert from_row(row) == ROW
 
 
 def test_files_are_written_whole_and_read_in_order(tmp_path):

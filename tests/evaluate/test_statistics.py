@@ -10,7 +10,6 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
 from postgrad.evaluate.statistics import (
-    _tango_lower,
     bootstrap_mean,
     critical_value,
     detectable_mean_difference,
@@ -20,6 +19,7 @@ from postgrad.evaluate.statistics import (
     paired_share_interval,
     wilson,
 )
+from postgrad.evaluate.statistics.paired import tango_lower
 
 levels = st.sampled_from([0.8, 0.9, 0.95, 0.99])
 
@@ -129,7 +129,7 @@ def test_paired_interval_without_discordant_rows_has_the_width_of_what_was_not_s
 def test_exact_coverage_and_error_rate_of_the_paired_methods(n, win, loss):
     wins, losses, p = outcomes(n, win, loss)
     z = critical_value(0.95)
-    low, high = _tango_lower(wins, losses, n, z), -_tango_lower(losses, wins, n, z)
+    low, high = tango_lower(wins, losses, n, z), -tango_lower(losses, wins, n, z)
     covered = p[(low <= win - loss) & (win - loss <= high)].sum()
     assert 0.93 <= covered <= 0.97
     if win == loss:

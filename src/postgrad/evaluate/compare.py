@@ -3,6 +3,7 @@
 Rows with an `error` count as score 0 and stay in n. Two arms are compared only on the same rows.
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -27,18 +28,23 @@ def measure(
 ) -> Measurement:
     """Return the mean score of one arm with its interval.
 
-    Scores that are all 0 or 1 get the Wilson interval, graded ones a bootstrap with `seed`.
+    Scores that are all 0 or 1 get the Wilson interval, graded ones a bootstrap with `seed`; rows in
+    groups an interval with clustered errors that is at least as wide.
 
     Raises:
         DataError: no rows, an example twice, a row without this metric, a score outside [0, 1].
     """
-    scores = np.array(list(_values(rows, metric, arm).values()))
+    scores = np.array(list(row_scores(rows, metric, arm).values()))
     if _binary(scores):
         method = "wilson"
         interval = statistics.wilson(int(scores.sum()), len(scores), confidence)
     else:
         method = "bootstrap"
         interval = statistics.bootstrap_mean(scores, confidence, seed)
+    groups = row_groups(rows)
+    if groups:
+        method = "clustered"
+        interval = statistics.clustered_interval(scores, groups, confidence, interval)
     return Measurement(
         task=task,
         metric=metric,
@@ -66,47 +72,60 @@ def compare(
     """Compare arm `b` with arm `a` row by row; the order of the rows does not matter.
 
     Scores that are all 0 or 1 are tested with McNemar's exact test and get Tango's interval,
-    graded ones with the paired randomisation test and get a bootstrap interval. The verdict is
-    `improved` or `worse` only when the test is significant at 1 - confidence and the interval
-    leaves out zero, else `inconclusive`.
+    graded ones with the paired randomisation test and get a bootstrap interval. Rows in groups are
+    tested with whole groups, and their interval has clustered errors. The verdict is `improved` or
+    `worse` only when the test is significant at 1 - confidence and the interval leaves out zero,
+    else `inconclusive`.
 
     Raises:
         DataError: what `measure` raises; or the arms do not hold the same examples with the same
             references (unpaired data are refused, never compared as if they were paired).
     """
-    a_scores, b_scores = _values(a_rows, metric, a), _values(b_rows, metric, b)
-    _require_pairs(a_rows, b_rows, a, b)
+    a_scores, b_scores = row_scores(a_rows, metric, a), row_scores(b_rows, metric, b)
+    require_pairs(a_rows, b_rows, a, b)
     x = np.array(list(a_scores.values()))
     y = np.array([b_scores[example] for example in a_scores])
-    n, wins, losses = len(x), int((y > x).sum()), int((y < x).sum())
-    if _binary(x) and _binary(y):
-        method, difference = "mcnemar-exact", (wins - losses) / n
-        p = statistics.mcnemar_exact(wins, losses)
-        low, high = statistics.paired_share_interval(wins, losses, n, confidence)
-    else:
-        method = "paired-bootstrap"
-        difference, low, high, p = statistics.paired_bootstrap(x, y, confidence, seed)
-    verdict = Verdict.INCONCLUSIVE
-    if p < 1 - confidence and low > 0:
-        verdict = Verdict.IMPROVED
-    elif p < 1 - confidence and high < 0:
-        verdict = Verdict.WORSE
+    result = _paired(x, y, row_groups(a_rows), confidence, seed)
+    bounds = _paired(x, y, row_groups(a_rows), statistics.one_sided(confidence), seed)
     return Comparison(
         task=task,
         metric=metric,
         a=a,
         b=b,
-        difference=difference,
-        low=low,
-        high=high,
-        p=p,
-        n=n,
-        method=method,
-        verdict=verdict,
-        detectable=_detectable(y - x, confidence),
-        wins=wins,
-        losses=losses,
+        difference=result.difference,
+        low=result.low,
+        high=result.high,
+        p=result.p,
+        n=len(x),
+        method=_method(x, y, row_groups(a_rows)),
+        verdict=decide(result.p, result.low, result.high, confidence),
+        detectable=_detectable(y - x, row_groups(a_rows), confidence),
+        wins=int((y > x).sum()),
+        losses=int((y < x).sum()),
+        lower=bounds.low,
+        upper=bounds.high,
+        deviation=float((y - x).std()),
     )
+
+
+def decide(p: float, low: float, high: float, confidence: float) -> Verdict:
+    """Return what a test and an interval that must agree allow one to say."""
+    if p < 1 - confidence and low > 0:
+        return Verdict.IMPROVED
+    return Verdict.WORSE if p < 1 - confidence and high < 0 else Verdict.INCONCLUSIVE
+
+
+def correct(suite: Sequence[Comparison], confidence: float = 0.95) -> list[Comparison]:
+    """Return the comparisons of a suite with Holm's correction in `corrected` and the verdict.
+
+    With m tasks and no difference in any, the chance of even one false `improved` or `worse` is
+    then at most 1 - confidence. Intervals and `p` stay those of each comparison alone.
+    """
+    corrected = statistics.holm([c.p for c in suite])
+    return [
+        dataclasses.replace(c, corrected=p, verdict=decide(p, c.low, c.high, confidence))
+        for c, p in zip(suite, corrected, strict=True)
+    ]
 
 
 def best_base(measurements: Iterable[Measurement]) -> Measurement | None:
@@ -149,7 +168,7 @@ def headline(comparisons: Sequence[Comparison], confidence: float = 0.95) -> str
     return f"inconclusive: {c.b} differs from {rival} by {facts}; {doubt}{seen}"
 
 
-def _values(rows: Sequence[Evidence], metric: str, arm: str) -> dict[str, float]:
+def row_scores(rows: Sequence[Evidence], metric: str, arm: str) -> dict[str, float]:
     """Return example id -> score, in order, having checked that each can be used."""
     if not rows:
         raise DataError(f"{arm}: no rows to measure", "evaluate at least one test row")
@@ -176,7 +195,7 @@ def _values(rows: Sequence[Evidence], metric: str, arm: str) -> dict[str, float]
     return {r.example_id: 0.0 if r.error is not None else r.scores[metric].value for r in rows}
 
 
-def _require_pairs(a_rows: Sequence[Evidence], b_rows: Sequence[Evidence], a: str, b: str) -> None:
+def require_pairs(a_rows: Sequence[Evidence], b_rows: Sequence[Evidence], a: str, b: str) -> None:
     """Raise `DataError` naming what differs unless both arms hold the same examples."""
     a_references = {row.example_id: row.reference for row in a_rows}
     b_references = {row.example_id: row.reference for row in b_rows}
@@ -203,15 +222,56 @@ def _binary(scores: statistics.Values) -> bool:
     return bool(np.isin(scores, (0.0, 1.0)).all())
 
 
-def _detectable(difference: statistics.Values, confidence: float) -> float:
+def row_groups(rows: Sequence[Evidence]) -> list[str]:
+    """Return the group of each row, its id where it has none; empty when no two rows share one."""
+    groups = [f"{r.example_id} alone" if r.group is None else f"group {r.group}" for r in rows]
+    return groups if len(set(groups)) < len(groups) else []
+
+
+def _method(x: statistics.Values, y: statistics.Values, groups: Sequence[str]) -> str:
+    if groups:
+        return "paired-clustered"
+    return "mcnemar-exact" if _binary(x) and _binary(y) else "paired-bootstrap"
+
+
+def _paired(
+    x: statistics.Values,
+    y: statistics.Values,
+    groups: Sequence[str],
+    confidence: float,
+    seed: int,
+) -> statistics.PairedResult:
+    """Return difference, interval and p-value by the method that suits the scores."""
+    n, wins, losses = len(x), int((y > x).sum()), int((y < x).sum())
+    if _binary(x) and _binary(y):
+        interval = statistics.paired_share_interval(wins, losses, n, confidence)
+        p = statistics.mcnemar_exact(wins, losses)
+        result = statistics.PairedResult((wins - losses) / n, *interval, p)
+    else:
+        result = statistics.paired_bootstrap(x, y, confidence, seed)
+    if not groups:
+        return result
+    rows = statistics.Interval(result.low, result.high)
+    interval = statistics.clustered_interval(y - x, groups, confidence, rows, (-1.0, 1.0))
+    p = statistics.clustered_p(y - x, groups, seed)
+    return statistics.PairedResult(result.difference, *interval, p)
+
+
+def _detectable(difference: statistics.Values, groups: Sequence[str], confidence: float) -> float:
     n = len(difference)
     if np.isin(difference, (-1.0, 0.0, 1.0)).all():
         discordance = float((difference != 0).mean())
-        return statistics.detectable_share_difference(discordance, n, confidence)
-    if n == 1 or not difference.std():
-        return statistics.detectable_share_difference(0.0, n, confidence)
-    deviation = float(difference.std(ddof=1))
-    return min(1.0, statistics.detectable_mean_difference(deviation, n, confidence))
+        detectable = statistics.detectable_share_difference(discordance, n, confidence)
+    elif n == 1 or not difference.std():
+        detectable = statistics.detectable_share_difference(0.0, n, confidence)
+    else:
+        deviation = float(difference.std(ddof=1))
+        detectable = min(1.0, statistics.detectable_mean_difference(deviation, n, confidence))
+    if not groups:
+        return detectable
+    deviation = statistics.clustered_error(difference, groups) * n**0.5
+    clustered = statistics.detectable_mean_difference(deviation, n, confidence)
+    return min(1.0, max(detectable, clustered))
 
 
 def _some(names: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ _FIELDS: Mapping[str, tuple[type, ...]] = {
     "completion_tokens": (int,),
     "seconds": (float, int),
     "error": (str, type(None)),
+    "group": (str, type(None)),
 }
 
 
@@ -39,9 +40,10 @@ def from_row(row: Mapping[str, Any]) -> Evidence:
     Raises:
         ValueError: a key is missing, unknown or holds a value of another type.
     """
-    if row.keys() != _FIELDS.keys():
-        wrong = ", ".join(sorted(row.keys() ^ _FIELDS.keys()))
-        raise ValueError(f"missing or unknown keys: {wrong}")
+    wrong = (row.keys() | {"group"}) ^ _FIELDS.keys()
+    if wrong:
+        raise ValueError(f"missing or unknown keys: {', '.join(sorted(wrong))}")
+    row = {"group": None, **row}
     for name, types in _FIELDS.items():
         if not isinstance(row[name], types) or isinstance(row[name], bool):
             raise ValueError(f"{name}: {row[name]!r} is not {types[0].__name__}")

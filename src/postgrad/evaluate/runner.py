@@ -212,6 +212,7 @@ def _failure(example: Example, problem: str, prompt_tokens: int, scorer: str) ->
         scores={scorer: Score(0.0, False, problem)},
         prompt_tokens=prompt_tokens,
         error=problem,
+        group=example.group,
     )
 
 
@@ -236,4 +237,5 @@ def _evidence(
         prompt_tokens=prompt_tokens,
         completion_tokens=len(completion.ids),
         seconds=seconds,
+        group=example.group,
     )

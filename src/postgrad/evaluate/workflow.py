@@ -44,7 +44,7 @@ def evaluate_run(run: Run, dataset: Dataset, display: Display) -> dict[str, Any]
     A run without a tuned model (no export) gets the base arms only. Returns the written document.
     """
     recipe = run.config
-    tests = sample_test(dataset.of(Split.TEST), recipe.evaluate.limit, recipe.seed)
+    tests = sample_test(dataset.of(Split.TEST), recipe.evaluate.limit, recipe.data_seed)
     if not tests:
         raise DataError("there are no test rows", "set data.test to a share or a file")
     if isinstance(recipe.train.threads, int):
@@ -61,7 +61,7 @@ def evaluate_run(run: Run, dataset: Dataset, display: Display) -> dict[str, Any]
             scorer,
             arm,
             recipe.evaluate.confidence,
-            recipe.seed,
+            recipe.data_seed,
             str(run.evidence_path(recipe.name, arm).relative_to(run.path)),
         )
         for arm in arms
@@ -69,7 +69,7 @@ def evaluate_run(run: Run, dataset: Dataset, display: Display) -> dict[str, Any]
     comparisons = [
         compare.compare(
             rows[arm], rows[TUNED], recipe.name, scorer, arm, TUNED,
-            recipe.evaluate.confidence, recipe.seed,
+            recipe.evaluate.confidence, recipe.data_seed,
         )
         for arm in arms
         if TUNED in rows and arm != TUNED
@@ -123,7 +123,7 @@ def _evidence(
     limit = resolve_max_new_tokens(
         recipe.evaluate.max_new_tokens, renderer, train, recipe.data.max_length
     )
-    shots = {base_arm(k): choose_shots(train, k, recipe.seed) for k in recipe.evaluate.fewshot}
+    shots = {base_arm(k): choose_shots(train, k, recipe.data_seed) for k in recipe.evaluate.fewshot}
     for arm in missing:
         model = tuned_model(run, recipe, loaded) if arm == TUNED else loaded.model
         found[arm] = run_arm(
@@ -163,7 +163,7 @@ def _references(recipe: Recipe, dataset: Dataset, tests: Sequence[Example]) -> l
         [question(example) for example in tests],
         [example.conversation.answer for example in tests],
         confidence=recipe.evaluate.confidence,
-        seed=recipe.seed,
+        seed=recipe.data_seed,
     )
     if floor is None:
         return []

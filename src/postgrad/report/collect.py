@@ -19,7 +19,16 @@ from postgrad.errors import RunError
 from postgrad.evaluate.compare import best_base
 from postgrad.evaluate.evidence import read_evidence
 from postgrad.run import Run, read_json, read_jsonl
-from postgrad.types import Check, Comparison, Dropped, Evidence, Measurement, StopReason
+from postgrad.types import (
+    Check,
+    Comparison,
+    Dropped,
+    Evidence,
+    Gate,
+    Measurement,
+    SeedSpread,
+    StopReason,
+)
 
 T = TypeVar("T")
 Point = tuple[int, float]
@@ -93,6 +102,8 @@ class Evaluation:
     references: tuple[Reference, ...]
     flaws: tuple[Flaws, ...]
     answers: Answers | None
+    seeds: tuple[SeedSpread, ...] = ()
+    """Spread over several trainings; none when there was one."""
 
     @property
     def main(self) -> tuple[Measurement, ...]:
@@ -233,6 +244,8 @@ class Report:
     data: Data | None
     checks: tuple[Check, ...] | None
     lengths: Lengths | None
+    gates: tuple[Gate, ...] = ()
+    """Conditions of the recipe, judged; none when it has none or nothing was measured."""
 
     @property
     def waived(self) -> tuple[Check, ...]:
@@ -276,6 +289,7 @@ def collect(run: Run) -> Report:
         data=_data(run),
         checks=checks,
         lengths=_lengths(checks or ()),
+        gates=tuple(_parse(Gate, gate, run.record_path) for gate in record.get("gates") or ()),
     )
 
 
@@ -327,6 +341,7 @@ def _evaluation(run: Run) -> Evaluation | None:
         references=tuple(_parse(Reference, r, path) for r in tree.get("references", [])),
         flaws=tuple(_flaws(arm, found) for arm, found in rows.items() if found),
         answers=None,
+        seeds=tuple(_parse(SeedSpread, spread, path) for spread in tree.get("seeds", [])),
     )
     best = without_answers.best_base
     if best is None or not rows.get(best.arm) or not rows.get(TUNED):

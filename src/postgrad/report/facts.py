@@ -277,16 +277,18 @@ def machine_section(report: Report) -> Html:
 def recompute_section(report: Report) -> Html:
     """Return the commands that give these numbers again."""
     run = str(report.record.get("id", report.path.name))
+    several = report.record.get("seeds") or ()
+    seeds = f" --seeds {len(several)}" if several else ""
     lines = [
         f"RUN={shlex.quote(run)}  # the folder of this page",
         "# this page and the model card again, from the files of the run",
         'postgrad report "$RUN"',
         "# the whole run again, in the folder where it was started",
-        'postgrad run "$RUN/recipe.yaml" --out again',
+        f'postgrad run "$RUN/recipe.yaml" --out again{seeds}',
     ]
     evaluation = report.evaluation
     tuned = evaluation.tuned if evaluation else None
-    if tuned and tuned.evidence:
+    if tuned and tuned.evidence and not several:
         lines += [
             f"# {TUNED}: {tuned.value:.6g} on {tuned.n} rows, from its evidence alone",
             'cd "$RUN"',

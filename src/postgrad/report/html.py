@@ -31,7 +31,7 @@ from postgrad.report.words import (
     warnings,
 )
 from postgrad.run import Run, write_atomic
-from postgrad.types import Verdict
+from postgrad.types import GateStatus, Verdict
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
@@ -61,6 +61,7 @@ def page(report: Report) -> Html:
     main = tag(
         "main",
         _verdict(report, name),
+        _gates(report),
         _evaluation(report),
         _training(report),
         answers_section(report),
@@ -101,6 +102,28 @@ def _verdict(report: Report, name: str) -> Html:
         if missing
         else None,
         id="verdict",
+    )
+
+
+def _gates(report: Report) -> Html | None:
+    if not report.gates:
+        return None
+    rows: list[list[Content]] = [
+        [
+            tag("span", str(gate.status), class_=f"badge {_GATE_TONE[gate.status]}"),
+            tag("b", gate.name),
+            gate.rule,
+            gate.finding,
+        ]
+        for gate in report.gates
+    ]
+    met = sum(gate.status is GateStatus.PASS for gate in report.gates)
+    return section(
+        "Gates",
+        "gates",
+        tag("p", f"{met} of {count(len(rows), 'condition')} of the recipe shown to be met."),
+        table(["Result", "Gate", "Asked for", "Finding"], rows),
+        note("A gate passes only when it is shown to hold; undecided counts as not met."),
     )
 
 
@@ -160,6 +183,38 @@ def _evaluation(report: Report) -> Html:
         figure(drawn, caption) if evaluation.main else None,
         _measurements(evaluation),
         _comparisons(evaluation),
+        _seeds(evaluation) if evaluation.seeds else None,
+    )
+
+
+def _seeds(evaluation: Evaluation) -> Html:
+    within = level(evaluation.confidence)
+    rows: list[list[Content]] = [
+        [
+            arm_name(s.arm) + (f" minus {arm_name(s.against)}" if s.against else ""),
+            f"{s.task} · {metric_name(s.metric)}",
+            ", ".join(percent(value) for value in s.values),
+            percent(s.mean),
+            f"{100 * s.seed_deviation:.1f}",
+            interval(*s.over_seeds),
+            f"{100 * s.row_error:.1f}",
+            interval(*s.over_rows),
+            interval(*s.over_both),
+        ]
+        for s in evaluation.seeds
+    ]
+    heads = ["Figure", "Task · metric", "#Each seed", "#Mean", "#Deviation of seeds"]
+    heads += [f"#{within}, new seeds", "#Error of rows", f"#{within}, new rows", f"#{within}, both"]
+    return join(
+        [
+            tag("h3", "Seeds and rows apart"),
+            table(heads, rows),
+            note(
+                "New seeds: another training, tested on these very rows. New rows: these very "
+                "models on other rows. Both: what may be said about the recipe; the measurements "
+                "and comparisons above use it. The page of each seed is in seeds/."
+            ),
+        ]
     )
 
 
@@ -235,6 +290,7 @@ def _comparisons(evaluation: Evaluation) -> Html:
     )
 
 
+_GATE_TONE = {GateStatus.PASS: "good", GateStatus.FAIL: "bad", GateStatus.UNDECIDED: "open"}
 _TONE = {Verdict.IMPROVED: "good", Verdict.WORSE: "bad", Verdict.INCONCLUSIVE: "open"}
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from postgrad.report.collect import TUNED, Evaluation, Merge, Reference, Report
-from postgrad.types import Comparison, Measurement, Verdict
+from postgrad.types import Comparison, GateStatus, Measurement, Verdict
 
 NOT_MEASURED = "not measured"
 EN_DASH = "\N{EN DASH}"
@@ -25,9 +25,11 @@ _SHARES = frozenset({"exact_match", "normalized_match", "numeric", "contains", "
 _METHODS = {
     "wilson": "Wilson",
     "bootstrap": "bootstrap",
-    "normal": "normal approximation",
+    "clustered": "clustered errors",
+    "two-level": "seeds and rows",
     "mcnemar-exact": "exact McNemar test",
     "paired-bootstrap": "paired bootstrap",
+    "paired-clustered": "paired, clustered by group",
 }
 
 
@@ -259,6 +261,11 @@ def warnings(report: Report) -> list[str]:
     status = str(report.record.get("status", "unknown"))
     if status in ("interrupted", "failed"):
         found.append(f"Not finished: the run's status is {status}, later stages are missing.")
+    for gate in report.gates:
+        if gate.status is not GateStatus.PASS:
+            found.append(
+                f"Gate not met: {gate.name} ({gate.rule}) is {gate.status}; {gate.finding}."
+            )
     for check in report.waived:
         found.append(
             f"Waived: pre-flight check {check.name} failed ({check.detail}) "
@@ -309,10 +316,12 @@ def unknowns(report: Report) -> list[str]:
         found.append(
             "Forgetting: not measured in this run. Whether general abilities were lost is unknown."
         )
-        found.append(
-            f"Another seed: not measured. This is one training run (seed {report.recipe.seed}); "
-            "the intervals cover the choice of test rows only."
-        )
+        if not (evaluation and evaluation.seeds):
+            found.append(
+                "Another seed: not measured. This is one training run "
+                f"(seed {report.recipe.seed}); "
+                "the intervals cover the choice of test rows only."
+            )
     return found + (_evaluation_unknowns(report, evaluation) if evaluation else [])
 
 
