@@ -5,9 +5,9 @@ import importlib.util
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 
@@ -136,10 +136,12 @@ def test_an_estimate_loads_no_torch_when_the_speed_is_known(tiny_model_dir, tmp_
 
 def test_help_is_quick():
     def seconds():
-        start = time.perf_counter()
+        """Processor time, which a busy machine does not stretch."""
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         command = [sys.executable, "-m", "postgrad", "--help"]
         subprocess.run(command, capture_output=True, check=True)
-        return time.perf_counter() - start
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert min(seconds() for _ in range(5)) < HELP_SECONDS
 
