@@ -7,6 +7,7 @@ lm-evaluation-harness, named in `Task.origin`. A family of tasks is a module bes
 lists its tasks in `TASKS`; `registry.py` knows them all. No torch here.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -106,6 +107,8 @@ class Task:
     """Examples in the prompt: the first of the shot rows (of the same group)."""
     separator: str = " "
     """Between prompt and answer."""
+    chat: bool = False
+    """Whether `evaluate.retention_template: auto` asks it under the chat template."""
     generation: Generation | None = None
     """For `Kind.GENERATION`."""
 
@@ -120,7 +123,18 @@ def shot_text(task: Task, shot: Item) -> str:
     return f"{shot.prompt}{'' if task.kind is Kind.CLOZE else task.separator}{answer}"
 
 
+def item_id(*texts: str) -> str:
+    """Return 16 hex digits of the SHA-256 of the texts: the same question, the same id."""
+    return hashlib.sha256("\x00".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
 def preamble(task: Task, item: Item, shots: Sequence[Item]) -> str:
-    """Return what stands before the item's prompt: description and examples, `\\n\\n` between."""
-    chosen = [shot for shot in shots if shot.group == item.group][: task.shots]
+    """Return what stands before the item's prompt: description and examples, a blank line after."""
+    chosen = choose_shots(task, item, shots)
     return item.description + "".join(shot_text(task, shot) + "\n\n" for shot in chosen)
+
+
+def choose_shots(task: Task, item: Item, shots: Sequence[Item]) -> list[Item]:
+    """Return the first examples of the item's group; of all, when no example has that group."""
+    same = [shot for shot in shots if shot.group == item.group]
+    return list(same or shots)[: task.shots]
