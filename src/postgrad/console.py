@@ -7,6 +7,7 @@ elsewhere. Colour is asked for by the caller, never assumed.
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from postgrad.progress import duration
@@ -37,8 +38,9 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def result_text(document: Mapping[str, Any]) -> str:
     """Return the outcome of a stage: verdict, measurements, comparisons, plan, checks, paths."""
     parts = [f"verdict: {document['verdict']}"] if document.get("verdict") else []
-    parts.append(measurements_text(document.get("measurements") or ()))
-    parts.append(comparisons_text(document.get("comparisons") or ()))
+    labels = _labels(document)
+    parts.append(measurements_text(document.get("measurements") or (), labels))
+    parts.append(comparisons_text(document.get("comparisons") or (), labels))
     parts.append(references_text(document.get("references") or ()))
     parts.append(training_text(document.get("train") or {}))
     parts.append(checks_text(document.get("checks") or ()))
@@ -48,15 +50,22 @@ def result_text(document: Mapping[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def measurements_text(measurements: Sequence[Mapping[str, Any]]) -> str:
+def _labels(document: Mapping[str, Any]) -> dict[str, str]:
+    """Return what each benchmark is called where its figures stand: with source and size."""
+    return {b["task"]: b["label"] for b in document.get("retention") or ()}
+
+
+def measurements_text(
+    measurements: Sequence[Mapping[str, Any]], labels: Mapping[str, str] = MappingProxyType({})
+) -> str:
     """Return a table of measurements, each with its interval and sample size."""
     rows = [
         [
-            str(m["task"]),
+            labels.get(m["task"], str(m["task"])),
             str(m["metric"]),
             str(m["arm"]),
-            _percent(m["value"]),
-            f"[{_percent(m['low'])}, {_percent(m['high'])}]",
+            _value(m, "value"),
+            f"[{_value(m, 'low')}, {_value(m, 'high')}]",
             f"{m['n']:,}",
         ]
         for m in measurements
@@ -64,10 +73,17 @@ def measurements_text(measurements: Sequence[Mapping[str, Any]]) -> str:
     return table(["task", "metric", "arm", "value", "interval", "n"], rows) if rows else ""
 
 
-def comparisons_text(comparisons: Sequence[Mapping[str, Any]]) -> str:
+def _value(measurement: Mapping[str, Any], field: str) -> str:
+    value = measurement[field]
+    return f"{value:.4g}" if measurement["metric"] == "perplexity" else _percent(value)
+
+
+def comparisons_text(
+    comparisons: Sequence[Mapping[str, Any]], labels: Mapping[str, str] = MappingProxyType({})
+) -> str:
     """Return a line for each paired comparison."""
     return "\n".join(
-        f"{c['b']} against {c['a']}: {c['verdict']}, {100 * c['difference']:+.1f} points "
+        f"{c['task'] + ': ' if c['task'] in labels else ''}{c['b']} against {c['a']}: {c['verdict']}, {100 * c['difference']:+.1f} points "
         f"[{100 * c['low']:+.1f}, {100 * c['high']:+.1f}], {_p_value(c['p'])}, n = {c['n']:,}; "
         f"this n would have seen {100 * c['detectable']:.1f} points"
         for c in comparisons
@@ -153,8 +169,11 @@ def run_text(run: Mapping[str, Any]) -> str:
     head = {key: run[key] for key in keys if run.get(key) is not None} | {"files": sealed}
     seconds = run.get("seconds_by_stage", {}).items()
     spent = {f"time: {stage}": duration(value) for stage, value in seconds}
-    parts = [mapping_text(head | spent), measurements_text(run.get("measurements", ()))]
-    parts.append(comparisons_text(run.get("comparisons", ())))
+    parts = [
+        mapping_text(head | spent),
+        measurements_text(run.get("measurements", ()), _labels(run)),
+    ]
+    parts.append(comparisons_text(run.get("comparisons", ()), _labels(run)))
     return "\n\n".join(part for part in parts if part)
 
 

@@ -35,6 +35,7 @@ def run(recipe: Recipe, options: Options, facts: Mapping[str, Any] | None = None
     """Data, pre-flight, training, evaluation, report: the whole job in one run directory."""
     if options.dry_run:
         return plan(recipe, options)
+    _check_benchmarks(recipe)
     with _open(recipe, "run", options) as run:
         run.update(**(facts or {}))
         dataset = _data(run, options)
@@ -132,7 +133,12 @@ def verify_resume(recipe: Recipe, options: Options) -> dict[str, Any]:
 def document(run: Run) -> dict[str, Any]:
     """Return the one JSON document of a run."""
     record = run.record
-    measured: dict[str, Any] = {"measurements": [], "comparisons": [], "references": []}
+    measured: dict[str, Any] = {
+        "measurements": [],
+        "comparisons": [],
+        "references": [],
+        "retention": [],
+    }
     if run.measurements_path.exists():
         measured |= read_json(run.measurements_path)
     return {
@@ -141,6 +147,7 @@ def document(run: Run) -> dict[str, Any]:
         "measurements": measured["measurements"],
         "comparisons": measured["comparisons"],
         "references": measured["references"],
+        "retention": measured["retention"],
         "train": record.get("train"),
         "seconds": record.get("seconds", {}),
         "report": str(run.report_path) if run.report_path.exists() else None,
@@ -211,6 +218,13 @@ def _data_checks(dataset: Dataset, recipe: Recipe) -> tuple[Check, ...]:
 
     tests, scoring = dataset.of(Split.TEST), recipe.evaluate
     return (*dataset.checks, check_references(tests, scoring.scorer, scoring.pattern))
+
+
+def _check_benchmarks(recipe: Recipe) -> None:
+    """Find every benchmark before hours of training, not after."""
+    from postgrad.evaluate.benchmarks import load_benchmarks
+
+    load_benchmarks(recipe)
 
 
 def _evaluate(run: Run, dataset: Dataset, options: Options) -> None:

@@ -15,6 +15,7 @@ from zipfile import ZipFile
 
 import numpy as np
 
+from postgrad.config import Recipe
 from postgrad.data.files import SUFFIXES, Problem, RawRow, read_rows
 from postgrad.errors import ConfigError, DataError, SourceError
 from postgrad.evaluate.tasks import Item, Task
@@ -62,6 +63,23 @@ class Benchmark:
         if self.task.chance is None or not all(count > 1 for count in counts):
             return self.task.chance
         return sum(1 / count for count in counts) / len(counts)
+
+
+def load_benchmarks(recipe: Recipe) -> list[Benchmark]:
+    """Return the benchmarks of `evaluate.retention`, their names checked, their items drawn."""
+    evaluate = recipe.evaluate
+    folder = None if evaluate.benchmarks is None else Path(evaluate.benchmarks).expanduser()
+    found = [
+        load_benchmark(name, folder, evaluate.retention_limit, recipe.seed)
+        for name in evaluate.retention
+    ]
+    names = [benchmark.task.name for benchmark in found]
+    for name in names:
+        if names.count(name) > 1 or name == recipe.name:
+            raise ConfigError(
+                f"evaluate.retention: {name} is the name of two tasks", "rename your own task"
+            )
+    return found
 
 
 def load_benchmark(name: str, folder: Path | None, limit: int | None, seed: int) -> Benchmark:

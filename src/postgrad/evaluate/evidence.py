@@ -19,7 +19,11 @@ _FIELDS: Mapping[str, tuple[type, ...]] = {
     "completion_tokens": (int,),
     "seconds": (float, int),
     "error": (str, type(None)),
+    "group": (str, type(None)),
+    "logprobs": (list,),
 }
+_LATER: Mapping[str, Any] = {"group": None, "logprobs": []}
+"""Keys that older evidence does not have."""
 
 
 def to_row(evidence: Evidence) -> dict[str, Any]:
@@ -30,6 +34,7 @@ def to_row(evidence: Evidence) -> dict[str, Any]:
         for name, s in evidence.scores.items()
     }
     row["stop_reason"] = evidence.stop_reason.value if evidence.stop_reason else None
+    row["logprobs"] = list(evidence.logprobs)
     return row
 
 
@@ -39,6 +44,7 @@ def from_row(row: Mapping[str, Any]) -> Evidence:
     Raises:
         ValueError: a key is missing, unknown or holds a value of another type.
     """
+    row = {**_LATER, **row}
     if row.keys() != _FIELDS.keys():
         wrong = ", ".join(sorted(row.keys() ^ _FIELDS.keys()))
         raise ValueError(f"missing or unknown keys: {wrong}")
@@ -47,7 +53,8 @@ def from_row(row: Mapping[str, Any]) -> Evidence:
             raise ValueError(f"{name}: {row[name]!r} is not {types[0].__name__}")
     scores = {name: _score(name, value) for name, value in row["scores"].items()}
     reason = None if row["stop_reason"] is None else StopReason(row["stop_reason"])
-    return Evidence(**{**row, "scores": scores, "stop_reason": reason})
+    logprobs = tuple(float(value) for value in row["logprobs"])
+    return Evidence(**{**row, "scores": scores, "stop_reason": reason, "logprobs": logprobs})
 
 
 def write_evidence(run: Run, task: str, arm: str, rows: Iterable[Evidence]) -> Path:

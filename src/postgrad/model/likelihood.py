@@ -19,6 +19,7 @@ from torch import Tensor
 from postgrad.errors import ModelError
 from postgrad.model.decode import Prefix, can_share, read_prefix, steady_length
 from postgrad.model.token_tree import TokenTree, grow, make_layout, tree_attention
+from postgrad.types import IntArray
 
 PASS_TOKENS = {"cpu": 1024}
 """Tokens of one forward pass by kind of device, `MOST_PASS_TOKENS` elsewhere."""
@@ -142,7 +143,7 @@ def shared_beginnings(sequences: Sequence[Sequence[int]]) -> list[tuple[int, lis
     Returns (tokens in common, indices); sequences whose sharing would save too little come last,
     together, with 0. At least one token of each sequence is left over.
     """
-    order = sorted(range(len(sequences)), key=lambda n: sequences[n])
+    order = sorted(range(len(sequences)), key=lambda n: tuple(sequences[n]))
     found = _divide(sequences, order)
     kept = [(size, rows) for size, rows in found if size * (len(rows) - 1) >= SAVED_TOKENS]
     taken = {row for _, rows in kept for row in rows}
@@ -245,12 +246,13 @@ def _read_trees(
 
 
 def _log_probabilities(
-    logits: Tensor, rows: Sequence[int], targets: Sequence[int]
+    logits: Tensor, rows: Sequence[int] | IntArray, targets: Sequence[int]
 ) -> tuple[list[float], list[bool]]:
     """Return log-probability of each target in its row of logits [N, V], and whether it is best."""
     index = torch.as_tensor(rows, device=logits.device)
     wanted = torch.as_tensor(targets, device=logits.device)
-    denominators = [part.float().logsumexp(-1) for part in logits.split(LOGIT_ROWS)]
+    parts = torch.split(logits, LOGIT_ROWS)
+    denominators = [part.float().logsumexp(-1) for part in parts]
     values = logits[index, wanted].float() - torch.cat(denominators)[index]
     if not torch.isfinite(values).all():
         raise ModelError(

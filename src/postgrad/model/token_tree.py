@@ -11,6 +11,7 @@ FlashInfer, 2024).
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -72,8 +73,8 @@ def grow(sequences: Sequence[Sequence[int]]) -> TokenTree:
             node = found
             path.append(node)
         paths.append(tuple(path))
-    arrays = (np.array(values, dtype=np.int64) for values in (ids, parents, depths))
-    return TokenTree(*arrays, tuple(paths))
+    as_array = partial(np.array, dtype=np.int64)
+    return TokenTree(as_array(ids), as_array(parents), as_array(depths), tuple(paths))
 
 
 @dataclass(frozen=True, slots=True)

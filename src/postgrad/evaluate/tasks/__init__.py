@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from postgrad.types import Score
+from postgrad.types import Evidence, Score
 
 Row = Mapping[str, Any]
 """A row of a data set under its public column names."""
@@ -111,6 +111,8 @@ class Task:
     """Whether `evaluate.retention_template: auto` asks it under the chat template."""
     generation: Generation | None = None
     """For `Kind.GENERATION`."""
+    units: Callable[[Sequence[Evidence], str], Sequence[Evidence]] | None = None
+    """Evidence and metric -> the rows whose mean is the metric, where those are not the items."""
 
 
 def shot_text(task: Task, shot: Item) -> str:

@@ -113,8 +113,8 @@ def _read(own: OwnTask, row: Row) -> Item:
     answer = row[own.answer]
     if own.choices is None:
         text = str(answer)
-        options = () if own.scorer is not None else (f" {text}",)
-        return Item(item_id(prompt, text), prompt, text, options=options, group=group)
+        continuation = () if own.scorer is not None else (f" {text}",)
+        return Item(item_id(prompt, text), prompt, text, options=continuation, group=group)
     found = row[own.choices] if isinstance(own.choices, str) else own.choices
     options = tuple(str(option) for option in found)
     gold = index(answer, options if str(answer) in options else LETTERS)
