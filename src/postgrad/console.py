@@ -82,8 +82,10 @@ def comparisons_text(
     comparisons: Sequence[Mapping[str, Any]], labels: Mapping[str, str] = MappingProxyType({})
 ) -> str:
     """Return a line for each paired comparison."""
+    named = {c["task"]: f"{c['task']}: " for c in comparisons if c["task"] in labels}
     return "\n".join(
-        f"{c['task'] + ': ' if c['task'] in labels else ''}{c['b']} against {c['a']}: {c['verdict']}, {100 * c['difference']:+.1f} points "
+        f"{named.get(c['task'], '')}{c['b']} against {c['a']}: {c['verdict']}, "
+        f"{100 * c['difference']:+.1f} points "
         f"[{100 * c['low']:+.1f}, {100 * c['high']:+.1f}], {_p_value(c['p'])}, n = {c['n']:,}; "
         f"this n would have seen {100 * c['detectable']:.1f} points"
         for c in comparisons
@@ -169,11 +171,9 @@ def run_text(run: Mapping[str, Any]) -> str:
     head = {key: run[key] for key in keys if run.get(key) is not None} | {"files": sealed}
     seconds = run.get("seconds_by_stage", {}).items()
     spent = {f"time: {stage}": duration(value) for stage, value in seconds}
-    parts = [
-        mapping_text(head | spent),
-        measurements_text(run.get("measurements", ()), _labels(run)),
-    ]
-    parts.append(comparisons_text(run.get("comparisons", ()), _labels(run)))
+    labels = _labels(run)
+    parts = [mapping_text(head | spent), measurements_text(run.get("measurements", ()), labels)]
+    parts.append(comparisons_text(run.get("comparisons", ()), labels))
     return "\n\n".join(part for part in parts if part)
 
 

@@ -159,11 +159,14 @@ def _divide(sequences: Sequence[Sequence[int]], rows: list[int]) -> list[tuple[i
     common = next((i for i, (a, b) in enumerate(pairs) if a != b), shortest)
     if len(rows) == 1 or len(rows) * max(len(sequences[row]) for row in rows) < SAVED_TOKENS:
         return [(common, rows)]
-    if common == shortest:
+
+    def following(row: int) -> int | None:
+        """The next token; None where it is the last, which is left over."""
+        return sequences[row][common] if len(sequences[row]) > common + 1 else None
+
+    parts = [list(part) for _, part in itertools.groupby(rows, key=following)]
+    if len(parts) == 1:
         return [(common, rows)]
-    parts = [
-        list(part) for _, part in itertools.groupby(rows, key=lambda row: sequences[row][common])
-    ]
     divided = [found for part in parts for found in _divide(sequences, part)]
     if sum(size * (len(part) - 1) for size, part in divided) > common * (len(rows) - 1):
         return divided

@@ -137,15 +137,14 @@ def forest(comparisons: Sequence[Comparison], *, width: int, name: str) -> Html:
         style = "grid zero" if value == 0 else "grid"
         parts.append(tag("line", class_=style, x1=x, x2=x, y1=0, y2=bottom))
         parts.append(_text(f"{value:+g}" if value else "0", x, bottom + 16, "tick", "middle"))
-    for number_, c in enumerate(comparisons):
-        top = row * number_
+    for top, c in zip(range(0, bottom, row), comparisons, strict=True):
         x, low, high = (scale(100 * value) for value in (c.difference, c.low, c.high))
         y = top + 30
         whisker = f"M{low},{y}H{high}M{low},{y - 5}v10M{high},{y - 5}v10"
-        said = f"{points(c.difference)} ({points_interval(c)}), n = {count(c.n)}"
+        tip = tag("title", f"{points(c.difference)} ({points_interval(c)}), n = {count(c.n)}")
         parts += [
             tag("path", class_="whisker", d=whisker),
-            tag("circle", tag("title", said), class_="dot held-out", cx=x, cy=y, r=5),
+            tag("circle", tip, class_="dot held-out", cx=x, cy=y, r=5),
             _text(c.task, 0, top + 16, "label base", "start"),
             _text(points(c.difference), width, top + 16, "label", "end"),
         ]
