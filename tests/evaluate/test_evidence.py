@@ -24,6 +24,8 @@ evidences = st.builds(
     completion_tokens=st.integers(0, 10**6),
     seconds=st.floats(0, 1e4),
     error=st.none() | texts,
+    group=st.none() | texts,
+    logprobs=st.lists(st.floats(-1e6, 0), max_size=4).map(tuple),
 )
 ROW = Evidence(
     "a1",

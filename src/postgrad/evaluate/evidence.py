@@ -81,7 +81,7 @@ def read_evidence(run: Run, task: str, arm: str) -> list[Evidence]:
     for number, line in enumerate(lines, 1):
         try:
             rows.append(from_row(line))
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, TypeError) as error:
             reason = f"{path}: row {number} is not evidence ({error})"
             raise RunError(reason, "restore the file or run the evaluation again") from None
     return rows

@@ -22,9 +22,9 @@ def index(value: Any, labels: Sequence[str] = LETTERS) -> int:
     """
     if isinstance(value, int | float):
         return int(value)
-    text = str(value).strip()
-    if text in labels:
-        return list(labels).index(text)
+    text, known = str(value).strip(), list(labels)
+    if text in known:
+        return known.index(text)
     if text.isdigit():
         return int(text)
     raise ValueError(f"the answer {value!r} is neither a number nor a label")
