@@ -1,4 +1,8 @@
-"""GSM8K: school arithmetic in words, with the way to the answer (Cobbe et al. 2021, 2110.14168)."""
+"""GSM8K: school arithmetic in words, with the way to the answer.
+
+Source: Cobbe et al. 2021, arXiv 2110.14168. lm-evaluation-harness draws five examples anew for
+every question; here they are the first five of the training rows, as with its `first_n` sampler.
+"""
 
 import re
 

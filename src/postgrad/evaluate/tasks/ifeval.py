@@ -1,8 +1,8 @@
 """IFEval: does a response do what can be checked by a program (Zhou et al. 2023, arXiv 2311.07911).
 
 541 prompts with 834 instructions of 25 kinds. Four metrics: the share of prompts with every
-instruction followed, and the share of instructions followed; each strictly and loosely. Instructions
-of one prompt are not independent: their errors are clustered by prompt.
+instruction followed and the share of instructions followed, each strictly and loosely. The
+instructions of one prompt are not independent: their errors are clustered by prompt.
 """
 
 import dataclasses
@@ -97,9 +97,7 @@ def _tools(names: Sequence[str]) -> Mapping[str, Any]:
     """Return what the checkers of these instructions need, loaded once."""
     loaders = {"punkt": english_punkt, "detect": language_detector}
     return {
-        tool: load()
-        for tool, load in loaders.items()
-        if any(needs(name, tool) for name in names)
+        tool: load() for tool, load in loaders.items() if any(needs(name, tool) for name in names)
     }
 
 
@@ -153,6 +151,7 @@ TASKS = (
             split="train",
         ),
         read=read,
+        chat=True,
         generation=Generation(score=score, max_new_tokens=1280),
     ),
 )

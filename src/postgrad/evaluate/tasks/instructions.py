@@ -63,9 +63,7 @@ def forbids_words(response: str, *, forbidden_words: Sequence[str]) -> bool:
     return not any(re.search(word, response, re.IGNORECASE) for word in words)
 
 
-def letter_frequency(
-    response: str, *, letter: str, let_frequency: int, let_relation: str
-) -> bool:
+def letter_frequency(response: str, *, letter: str, let_frequency: int, let_relation: str) -> bool:
     """A letter (or sign) occurs so often, whatever the case."""
     return related(response.lower().count(letter.strip().lower()), let_relation, let_frequency)
 

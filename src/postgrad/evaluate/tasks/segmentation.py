@@ -180,10 +180,10 @@ def _judge_pair(token: _Token, following: _Token, punkt: Punkt) -> None:
     initial = bool(_INITIAL.match(token.text))
     starts = _starts_sentence(following, punkt)
     capital = following.text[0].isupper()
-    if token.shortened and not initial:
-        if starts or (capital and following_word in punkt.starters):
-            token.ends = True
-            return
+    starter = starts or (capital and following_word in punkt.starters)
+    if token.shortened and not initial and starter:
+        token.ends = True
+        return
     if not (initial or token.bare == "##number##"):
         return
     lower = punkt.contexts.get(following_word, 0) & _LOWER
