@@ -17,7 +17,7 @@ from pathlib import Path
 from postgrad import cli, config, console
 
 ROOT = Path(__file__).resolve().parent.parent
-VERBS = ("demo", "run", "train", "evaluate", "report", "runs", "explain", "doctor")
+VERBS = ("demo", "run", "train", "evaluate", "report", "export", "runs", "explain", "doctor")
 FOLDERS = {
     "recipes": "Recipes: only what differs from the defaults",
     "examples": "The same training without our abstractions",

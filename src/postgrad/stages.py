@@ -4,7 +4,7 @@ import contextlib
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,24 @@ def report(run: Run) -> dict[str, Any]:
     write_report(run)
     write_model_card(run)
     return document(run)
+
+
+def export_lm_eval(
+    source: Recipe | Run, out: Path | None, samples: Sequence[Path]
+) -> dict[str, Any]:
+    """Write the test set as a task of lm-evaluation-harness, or read its sample logs back."""
+    from postgrad.export.lm_eval import import_samples, write_task
+
+    recipe = source.config if isinstance(source, Run) else source
+    own = source.path if isinstance(source, Run) else Path(f"{recipe.name}-lm-eval")
+    if samples:
+        return import_samples(samples, recipe, out or own)
+    if isinstance(source, Run):
+        dataset, folder = read_dataset(source), source.export / "lm-eval"
+    else:
+        dataset, folder = load_dataset(recipe.data, recipe.seed), own
+    files = write_task(recipe, dataset, out or folder)
+    return {"export": str(out or folder), "files": [str(path) for path in files]}
 
 
 def demo(minutes: float, options: Options) -> dict[str, Any]:
