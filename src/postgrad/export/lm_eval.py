@@ -245,7 +245,7 @@ def _arms(paths: Sequence[Path]) -> list[str]:
     seen: Counter[str] = Counter()
     arms = []
     for path in paths:
-        name = f"lm-eval/{path.absolute().parent.name}"
+        name = f"lm-eval/{path.absolute().parent.name.lstrip('._')}"
         seen[name] += 1
         arms.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
     return arms

@@ -215,7 +215,7 @@ def count_words(text: str) -> int:
 
 
 def _in_word(character: str) -> bool:
-    """Tell whether a character is part of a word: Unicode's \\w (UTS 18), not that of `re`."""
+    """Tell whether a character is part of a word: as in UTS 18; `re` leaves marks out."""
     kind = unicodedata.category(character)
     return kind[0] in "LM" or kind in ("Nd", "Nl", "Pc") or character in "\u200c\u200d"
 
