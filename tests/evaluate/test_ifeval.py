@@ -34,11 +34,12 @@ def test_a_prompt_passes_when_every_instruction_is_followed():
 def test_instruction_level_accuracy_counts_instructions_and_clusters_them_by_prompt():
     single = {**ROW, "key": 8, "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
     rows = [evidence("red, blue"), evidence("fine", single), evidence("", single | {"key": 9}, "x")]
-    found, clusters = ifeval.by_instruction(rows, "strict")
-    assert [row.example_id for row in found] == ["7#0", "7#1", "8#0", "9#0"]
-    assert clusters == {"7#0": "7", "7#1": "7", "8#0": "8", "9#0": "9"}
+    found = ifeval.units(rows, "inst_level_strict_acc")
+    assert [row.example_id for row in found] == ["7#1", "7#2", "8#1", "9#1"]
+    assert [row.group for row in found] == ["7", "7", "8", "9"]
     measured = compare.measure(found, "ifeval", "inst_level_strict_acc", "tuned")
     assert (measured.value, measured.n, measured.errors) == (0.25, 4, 1)
+    assert ifeval.units(rows, "prompt_level_loose_acc") is rows
 
 
 def test_a_row_with_unequal_lists_is_refused():

@@ -179,6 +179,8 @@ def _items(task: Task, rows: Iterable[RawRow | Problem]) -> list[Item]:
             raise DataError(str(row), "correct the file")
         try:
             items.append(task.read(row.values))
+        except (ConfigError, SourceError):
+            raise  # something that the task needs is missing, whatever the row
         except (KeyError, ValueError, TypeError, IndexError) as error:
             what = f"no column {error}" if isinstance(error, KeyError) else str(error)
             raise DataError(

@@ -48,7 +48,7 @@ def score(completion: str, item: Item) -> dict[str, Score]:
     """Return the four metrics, and 0 or 1 for each instruction under its number and name.
 
     The value of an `inst_level` metric is the share of this prompt's instructions; the accuracy
-    over all instructions comes from `by_instruction`.
+    over all instructions comes from `units`.
     """
     wanted = item.row["instructions"]
     tools = _tools([one.name for one in wanted])
@@ -67,26 +67,26 @@ def score(completion: str, item: Item) -> dict[str, Score]:
     return scores
 
 
-def by_instruction(
-    rows: Sequence[Evidence], criterion: str
-) -> tuple[list[Evidence], dict[str, str]]:
-    """Return evidence with a row for each instruction, and the prompt (cluster) of each row.
+def units(rows: Sequence[Evidence], metric: str) -> Sequence[Evidence]:
+    """Return the rows whose mean is the metric: prompts, or instructions for an `inst_level` one.
 
-    The rows hold the metric `inst_level_<criterion>_acc` as 0 or 1, so that their mean is the
-    instruction-level accuracy. A prompt that ended in an error failed all its instructions.
+    Instructions hold the metric as 0 or 1 and stand in the group of their prompt. A prompt that
+    ended in an error failed all its instructions.
     """
-    metric = f"inst_level_{criterion}_acc"
-    found: list[Evidence] = []
-    clusters: dict[str, str] = {}
-    for row in rows:
-        for number, name in enumerate(json.loads(row.reference)):
-            given = row.scores.get(_name(criterion, number, name), Score(0.0, False))
-            example = f"{row.example_id}#{number}"
-            clusters[example] = row.example_id
-            found.append(
-                dataclasses.replace(row, example_id=example, reference=name, scores={metric: given})
-            )
-    return found, clusters
+    level, _, criterion = metric.removesuffix("_acc").rpartition("_")
+    if level != "inst_level":
+        return rows
+    return [
+        dataclasses.replace(
+            row,
+            example_id=f"{row.example_id}#{number + 1}",
+            reference=name,
+            scores={metric: row.scores.get(_name(criterion, number, name), Score(0.0, False))},
+            group=row.example_id,
+        )
+        for row in rows
+        for number, name in enumerate(json.loads(row.reference))
+    ]
 
 
 def _name(criterion: str, number: int, name: str) -> str:
@@ -151,6 +151,7 @@ TASKS = (
             split="train",
         ),
         read=read,
+        units=units,
         chat=True,
         generation=Generation(score=score, max_new_tokens=1280),
     ),
