@@ -165,9 +165,9 @@ def _evidence(
     if all(isinstance(doc.get(name), str) for name in _COLUMNS):
         completion = line["resps"][0][0]
         verdict = score(evaluate.scorer, completion, doc["answer"], evaluate.pattern)
-        scores = {evaluate.scorer: verdict}
-        return Evidence(doc["id"], doc["prompt"], doc["answer"], completion, scores)
-    scores = {}
+        own = {str(evaluate.scorer): verdict}
+        return Evidence(doc["id"], doc["prompt"], doc["answer"], completion, own)
+    scores: dict[str, Score] = {}
     for each in lines:
         for name in each["metrics"]:
             value = each[name]
