@@ -19,7 +19,7 @@ from postgrad import cli, config, console
 ROOT = Path(__file__).resolve().parent.parent
 VERBS = (
     *("demo", "run", "estimate", "train", "evaluate", "compare"),
-    *("report", "runs", "explain", "doctor"),
+    *("report", "export", "runs", "explain", "doctor"),
 )
 FOLDERS = {
     "recipes": "Recipes: only what differs from the defaults",

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -204,6 +204,41 @@ def report(
     from postgrad.run import open_run
 
     return _staged("report", open_run(run_dir))
+
+
+@app.command("export")
+def export(
+    target: Annotated[
+        Literal["lm-eval"], typer.Argument(metavar="lm-eval", help="The program to write for.")
+    ],
+    source: Annotated[
+        Path, typer.Argument(metavar="RECIPE|RUN_DIR", help="A YAML recipe or a run.")
+    ],
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Folder [RUN_DIR/export/lm-eval, NAME-lm-eval]."),
+    ] = None,
+    samples: Annotated[
+        list[Path] | None,
+        typer.Option("--samples", metavar="FILE", help="Read this sample log; can be repeated."),
+    ] = None,
+    as_json: AsJson = False,
+) -> Reply:
+    """Write the test set for another program.
+
+    lm-eval: a task of lm-evaluation-harness. With --samples, its sample logs become evidence: every
+    log is measured, and compared row by row with the first.
+    """
+    if not source.is_dir():
+        return _staged("export_lm_eval", _recipe(source, overrides), out, samples or ())
+    if overrides:
+        raise errors.ConfigError(
+            f"{source} is a run: its recipe cannot be overridden", "leave out KEY=VALUE"
+        )
+    from postgrad.run import open_run
+
+    return _staged("export_lm_eval", open_run(source), out, samples or ())
 
 
 @app.command("runs")

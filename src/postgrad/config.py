@@ -268,6 +268,18 @@ class EvaluateConfig(Section):
     """Level of every interval and test."""
     gates: GatesConfig = GatesConfig()
     """What must hold for the run to succeed."""
+    retention: tuple[Source, ...] = ()
+    """Benchmarks of general ability asked of the base and the tuned model, [hellaswag, mmlu]: names
+    of tasks, or task files of your own (*.yaml)."""
+    retention_limit: PositiveInt | None = 1000
+    """Items of each benchmark (a seeded sample, the same for both models); null = all. A paired
+    comparison of 1,000 items shows losses of about 3 points."""
+    retention_template: Literal["auto", "raw", "chat"] = "auto"
+    """How benchmarks are asked: the bare prompt, or under the chat template. auto = as is usual for
+    each: raw for likelihoods, chat for following instructions. Scores of the two differ; never
+    compare one with the other."""
+    benchmarks: Source | None = None
+    """Folder with benchmark files, looked at before the hub and the embedded samples."""
 
 
 class ReportConfig(Section):

@@ -7,6 +7,7 @@ elsewhere. Colour is asked for by the caller, never assumed.
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from postgrad.progress import duration
@@ -37,8 +38,9 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def result_text(document: Mapping[str, Any]) -> str:
     """Return the outcome of a stage: verdict, measurements, comparisons, plan, checks, paths."""
     parts = [f"verdict: {document['verdict']}"] if document.get("verdict") else []
+    labels = _labels(document)
     parts.append(gates_text(document.get("gates") or ()))
-    parts.append(measurements_text(document.get("measurements") or ()))
+    parts.append(measurements_text(document.get("measurements") or (), labels))
     parts.append(comparisons_text(document.get("comparisons") or ()))
     parts.append(seeds_text(document.get("seeds") or ()))
     parts.append(references_text(document.get("references") or ()))
@@ -66,20 +68,32 @@ def gates_text(gates: Sequence[Mapping[str, Any]]) -> str:
     return f"{head}\n{table(['gate', 'asked for', 'result', 'finding'], rows)}"
 
 
-def measurements_text(measurements: Sequence[Mapping[str, Any]]) -> str:
+def _labels(document: Mapping[str, Any]) -> dict[str, str]:
+    """Return what each benchmark is called where its figures stand: with source and size."""
+    return {b["task"]: b["label"] for b in document.get("retention") or ()}
+
+
+def measurements_text(
+    measurements: Sequence[Mapping[str, Any]], labels: Mapping[str, str] = MappingProxyType({})
+) -> str:
     """Return a table of measurements, each with its interval and sample size."""
     rows = [
         [
-            str(m["task"]),
+            labels.get(m["task"], str(m["task"])),
             str(m["metric"]),
             str(m["arm"]),
-            _percent(m["value"]),
-            f"[{_percent(m['low'])}, {_percent(m['high'])}]",
+            _value(m, "value"),
+            f"[{_value(m, 'low')}, {_value(m, 'high')}]",
             f"{m['n']:,}",
         ]
         for m in measurements
     ]
     return table(["task", "metric", "arm", "value", "interval", "n"], rows) if rows else ""
+
+
+def _value(measurement: Mapping[str, Any], field: str) -> str:
+    value = measurement[field]
+    return f"{value:.4g}" if measurement["metric"] == "perplexity" else _percent(value)
 
 
 def comparisons_text(comparisons: Sequence[Mapping[str, Any]]) -> str:
@@ -262,8 +276,9 @@ def run_text(run: Mapping[str, Any]) -> str:
     head = {key: run[key] for key in keys if run.get(key) is not None} | {"files": sealed}
     seconds = run.get("seconds_by_stage", {}).items()
     spent = {f"time: {stage}": duration(value) for stage, value in seconds}
+    labels = _labels(run)
     parts = [mapping_text(head | spent), gates_text(run.get("gates", ()))]
-    parts.append(measurements_text(run.get("measurements", ())))
+    parts.append(measurements_text(run.get("measurements", ()), labels))
     parts.append(comparisons_text(run.get("comparisons", ())))
     return "\n\n".join(part for part in parts if part)
 

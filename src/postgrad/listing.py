@@ -24,8 +24,13 @@ def summarize(run: Run) -> dict[str, Any]:
     except RunError as error:
         return {"run": str(run.path), "status": "unreadable", "problem": error.message}
     status = record.get("status", "unknown")
-    tuned = [m for m in results.get("measurements", ()) if m.get("arm") == TUNED]
-    rivals = [c for c in results.get("comparisons", ()) if c.get("b") == TUNED]
+    general = {benchmark["task"] for benchmark in results.get("retention", ())}
+    own = {
+        kind: [x for x in results.get(kind, ()) if x.get("task") not in general]
+        for kind in ("measurements", "comparisons")
+    }
+    tuned = [m for m in own["measurements"] if m.get("arm") == TUNED]
+    rivals = [c for c in own["comparisons"] if c.get("b") == TUNED]
     return {
         "run": str(run.path),
         "name": record.get("name"),
@@ -54,6 +59,7 @@ def describe_run(path: Path) -> dict[str, Any]:
         "gates": record.get("gates", []),
         "measurements": results.get("measurements", []),
         "comparisons": results.get("comparisons", []),
+        "retention": results.get("retention", []),
         "seconds_by_stage": record.get("seconds", {}),
         "versions": record.get("versions", {}),
         "changed": run.changed_files(),

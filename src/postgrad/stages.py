@@ -35,6 +35,7 @@ def run(recipe: Recipe, options: Options, facts: Mapping[str, Any] | None = None
     """Data, pre-flight, training, evaluation, report: the whole job in one run directory."""
     if options.dry_run:
         return plan(recipe, options)
+    _check_benchmarks(recipe)
     with _open(recipe, "run", options) as run:
         run.update(**(facts or {}))
         return _whole(run, options)
@@ -49,6 +50,7 @@ def run_seeds(recipe: Recipe, count: int, options: Options) -> dict[str, Any]:
 
     if options.dry_run:
         return plan(recipe, options)
+    _check_benchmarks(recipe)
     with _open(recipe, "seeds", options) as parent:
         members: list[Run] = []
         for seed in range(recipe.seed, recipe.seed + count):
@@ -110,6 +112,24 @@ def plan_rows(points: float, runs: Sequence[Run]) -> dict[str, Any]:
     return planned(points, runs)
 
 
+def export_lm_eval(
+    source: Recipe | Run, out: Path | None, samples: Sequence[Path]
+) -> dict[str, Any]:
+    """Write the test set as a task of lm-evaluation-harness, or read its sample logs back."""
+    from postgrad.export.lm_eval import import_samples, write_task
+
+    recipe = source.config if isinstance(source, Run) else source
+    own = source.path if isinstance(source, Run) else Path(f"{recipe.name}-lm-eval")
+    if samples:
+        return import_samples(samples, recipe, out or own)
+    if isinstance(source, Run):
+        dataset, folder = read_dataset(source), source.export / "lm-eval"
+    else:
+        dataset, folder = load_dataset(recipe.data, recipe.data_seed), own
+    files = write_task(recipe, dataset, out or folder)
+    return {"export": str(out or folder), "files": [str(path) for path in files]}
+
+
 def demo(minutes: float, options: Options) -> dict[str, Any]:
     """Run the embedded recipe, sized to a time budget."""
     from postgrad.demo.licences import ATTRIBUTION
@@ -137,7 +157,7 @@ def estimate(recipe: Recipe, runs: Path, options: Options) -> dict[str, Any]:
     from postgrad.model.light_tokenizer import load_light_tokenizer
     from postgrad.train import forecast, speed
 
-    dataset = load_dataset(recipe.data, recipe.seed)
+    dataset = load_dataset(recipe.data, recipe.data_seed)
     base, template = recipe.model.base, recipe.model.chat_template
     directory = find_directory(base, recipe.model.revision)
     if directory is None:
@@ -204,7 +224,12 @@ def verify_resume(recipe: Recipe, options: Options) -> dict[str, Any]:
 def document(run: Run) -> dict[str, Any]:
     """Return the one JSON document of a run."""
     record = run.record
-    measured: dict[str, Any] = {"measurements": [], "comparisons": [], "references": []}
+    measured: dict[str, Any] = {
+        "measurements": [],
+        "comparisons": [],
+        "references": [],
+        "retention": [],
+    }
     if run.measurements_path.exists():
         measured |= read_json(run.measurements_path)
     return {
@@ -215,6 +240,7 @@ def document(run: Run) -> dict[str, Any]:
         "comparisons": measured["comparisons"],
         "references": measured["references"],
         "seeds": measured.get("seeds", []),
+        "retention": measured["retention"],
         "train": record.get("train"),
         "seconds": record.get("seconds", {}),
         "report": str(run.report_path) if run.report_path.exists() else None,
@@ -292,6 +318,13 @@ def _data_checks(dataset: Dataset, recipe: Recipe) -> tuple[Check, ...]:
 
     tests, scoring = dataset.of(Split.TEST), recipe.evaluate
     return (*dataset.checks, check_references(tests, scoring.scorer, scoring.pattern))
+
+
+def _check_benchmarks(recipe: Recipe) -> None:
+    """Find every benchmark before hours of training, not after."""
+    from postgrad.evaluate.benchmarks import load_benchmarks
+
+    load_benchmarks(recipe)
 
 
 def _evaluate(run: Run, dataset: Dataset, options: Options) -> None:

@@ -254,6 +254,8 @@ class Evidence:
     error: str | None = None
     group: str | None = None
     """Rows of one group (subject, passage, customer) are not independent: errors are clustered."""
+    logprobs: tuple[float, ...] = ()
+    """Log-likelihood of each option, in nats, where the answer is chosen by likelihood."""
 
 
 @dataclass(frozen=True, slots=True)

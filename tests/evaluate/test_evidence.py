@@ -25,6 +25,7 @@ evidences = st.builds(
     seconds=st.floats(0, 1e4),
     error=st.none() | texts,
     group=st.none() | texts,
+    logprobs=st.lists(st.floats(-1e6, 0), max_size=4).map(tuple),
 )
 ROW = Evidence(
     "a1",

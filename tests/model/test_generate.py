@@ -257,6 +257,6 @@ def test_the_plain_attention_equals_the_kernel(causal):
         bias = torch.zeros(2, 1, 1, 7)
         bias[1, ..., :3] = float("-inf")
     plain = decode.attend_plainly(query, key, value, 0.25, causal=causal, bias=bias)
-    kernel = decode._attend(query, key, value, 0.25, causal=causal, bias=bias)
+    kernel = decode.attend(query, key, value, 0.25, causal=causal, bias=bias)
     for a, b in zip(plain, kernel, strict=True):
         torch.testing.assert_close(a, b)

@@ -20,7 +20,10 @@ _FIELDS: Mapping[str, tuple[type, ...]] = {
     "seconds": (float, int),
     "error": (str, type(None)),
     "group": (str, type(None)),
+    "logprobs": (list,),
 }
+_LATER: Mapping[str, Any] = {"group": None, "logprobs": []}
+"""Keys that older evidence does not have."""
 
 
 def to_row(evidence: Evidence) -> dict[str, Any]:
@@ -31,6 +34,7 @@ def to_row(evidence: Evidence) -> dict[str, Any]:
         for name, s in evidence.scores.items()
     }
     row["stop_reason"] = evidence.stop_reason.value if evidence.stop_reason else None
+    row["logprobs"] = list(evidence.logprobs)
     return row
 
 
@@ -40,16 +44,17 @@ def from_row(row: Mapping[str, Any]) -> Evidence:
     Raises:
         ValueError: a key is missing, unknown or holds a value of another type.
     """
-    wrong = (row.keys() | {"group"}) ^ _FIELDS.keys()
-    if wrong:
-        raise ValueError(f"missing or unknown keys: {', '.join(sorted(wrong))}")
-    row = {"group": None, **row}
+    row = {**_LATER, **row}
+    if row.keys() != _FIELDS.keys():
+        wrong = ", ".join(sorted(row.keys() ^ _FIELDS.keys()))
+        raise ValueError(f"missing or unknown keys: {wrong}")
     for name, types in _FIELDS.items():
         if not isinstance(row[name], types) or isinstance(row[name], bool):
             raise ValueError(f"{name}: {row[name]!r} is not {types[0].__name__}")
     scores = {name: _score(name, value) for name, value in row["scores"].items()}
     reason = None if row["stop_reason"] is None else StopReason(row["stop_reason"])
-    return Evidence(**{**row, "scores": scores, "stop_reason": reason})
+    logprobs = tuple(float(value) for value in row["logprobs"])
+    return Evidence(**{**row, "scores": scores, "stop_reason": reason, "logprobs": logprobs})
 
 
 def write_evidence(run: Run, task: str, arm: str, rows: Iterable[Evidence]) -> Path:
@@ -76,7 +81,7 @@ def read_evidence(run: Run, task: str, arm: str) -> list[Evidence]:
     for number, line in enumerate(lines, 1):
         try:
             rows.append(from_row(line))
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, TypeError) as error:
             reason = f"{path}: row {number} is not evidence ({error})"
             raise RunError(reason, "restore the file or run the evaluation again") from None
     return rows

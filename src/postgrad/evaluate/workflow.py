@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 
-from postgrad.config import LoraConfig, Recipe
+from postgrad.config import Recipe
 from postgrad.data.dataset import Dataset
-from postgrad.data.render import Renderer
 from postgrad.errors import DataError
 from postgrad.evaluate import compare
+from postgrad.evaluate.benchmarks import load_benchmarks
 from postgrad.evaluate.evidence import read_evidence, write_evidence
 from postgrad.evaluate.linear import linear_floor
+from postgrad.evaluate.models import TUNED, Models
+from postgrad.evaluate.retention import measure_retention
 from postgrad.evaluate.runner import (
     choose_shots,
     question,
@@ -20,13 +22,9 @@ from postgrad.evaluate.runner import (
     run_arm,
     sample_test,
 )
-from postgrad.model import lora
-from postgrad.model.load import Loaded, load, load_model
 from postgrad.progress import Display
 from postgrad.run import Run
 from postgrad.types import Comparison, Evidence, Example, Measurement, Split
-
-TUNED = "tuned"
 
 
 def base_arm(shots: int) -> str:
@@ -49,10 +47,11 @@ def evaluate_run(run: Run, dataset: Dataset, display: Display) -> dict[str, Any]
         raise DataError("there are no test rows", "set data.test to a share or a file")
     if isinstance(recipe.train.threads, int):
         torch.set_num_threads(recipe.train.threads)
+    models = Models(run, recipe)
+    benchmarks = load_benchmarks(recipe)
     arms = [base_arm(shots) for shots in recipe.evaluate.fewshot]
-    if (run.export / "adapter").exists() or (run.export / "model").exists():
-        arms.append(TUNED)
-    rows = _evidence(run, recipe, dataset, tests, arms, display)
+    arms += [TUNED] if models.has_tuned else []
+    rows = _evidence(run, recipe, dataset, tests, arms, models, display)
     scorer = recipe.evaluate.scorer
     measurements = [
         compare.measure(
@@ -74,12 +73,14 @@ def evaluate_run(run: Run, dataset: Dataset, display: Display) -> dict[str, Any]
         for arm in arms
         if TUNED in rows and arm != TUNED
     ]  # fmt: skip
+    retention = measure_retention(run, recipe, benchmarks, models, display)
     document = {
         "task": recipe.name,
         "metric": scorer,
-        "measurements": [dataclasses.asdict(m) for m in measurements],
-        "comparisons": [dataclasses.asdict(c) for c in comparisons],
+        "measurements": [dataclasses.asdict(m) for m in (*measurements, *retention.measurements)],
+        "comparisons": [dataclasses.asdict(c) for c in (*comparisons, *retention.comparisons)],
         "references": _references(recipe, dataset, tests),
+        "retention": list(retention.tasks),
     }
     run.write_json(run.measurements_path, document)
     run.update(verdict=_verdict(measurements, comparisons, recipe.evaluate.confidence))
@@ -102,6 +103,7 @@ def _evidence(
     dataset: Dataset,
     tests: Sequence[Example],
     arms: Sequence[str],
+    models: Models,
     display: Display,
 ) -> dict[str, list[Evidence]]:
     """Return the evidence of every arm, reading what an interrupted evaluation left behind."""
@@ -115,43 +117,28 @@ def _evidence(
     missing = [arm for arm in arms if arm not in found]
     if not missing:
         return found
-    loaded = load(recipe.model)
-    eos = loaded.model.generation_config.eos_token_id
-    eos_ids = [eos] if isinstance(eos, int) else list(eos or [])
-    renderer = Renderer(loaded.tokenizer, eos_token_ids=eos_ids)
     train = dataset.of(Split.TRAIN)
     limit = resolve_max_new_tokens(
-        recipe.evaluate.max_new_tokens, renderer, train, recipe.data.max_length
+        recipe.evaluate.max_new_tokens, models.renderer, train, recipe.data.max_length
     )
     shots = {base_arm(k): choose_shots(train, k, recipe.data_seed) for k in recipe.evaluate.fewshot}
     for arm in missing:
-        model = tuned_model(run, recipe, loaded) if arm == TUNED else loaded.model
-        found[arm] = run_arm(
-            model,
-            renderer,
-            loaded.tokenizer,
-            tests,
-            arm=arm,
-            shots=shots.get(arm, ()),
-            scorer=recipe.evaluate.scorer,
-            pattern=recipe.evaluate.pattern,
-            max_new_tokens=limit,
-            batch_tokens=recipe.evaluate.batch_tokens,
-            display=display,
-        )
+        with models.arm(arm) as model:
+            found[arm] = run_arm(
+                model,
+                models.renderer,
+                models.base.tokenizer,
+                tests,
+                arm=arm,
+                shots=shots.get(arm, ()),
+                scorer=recipe.evaluate.scorer,
+                pattern=recipe.evaluate.pattern,
+                max_new_tokens=limit,
+                batch_tokens=recipe.evaluate.batch_tokens,
+                display=display,
+            )
         write_evidence(run, recipe.name, arm, found[arm])
     return found
-
-
-def tuned_model(run: Run, recipe: Recipe, loaded: Loaded) -> Any:
-    """Return the tuned model from the run's export folder.
-
-    With LoRA the loaded base gets the adapter attached; evaluate the base arms before.
-    """
-    if isinstance(recipe.model.adapt, LoraConfig):
-        lora.attach_adapter(loaded.model, run.export / "adapter")
-        return loaded.model.eval()
-    return load_model(run.export / "model", loaded.dtype)
 
 
 def _references(recipe: Recipe, dataset: Dataset, tests: Sequence[Example]) -> list[dict[str, Any]]:

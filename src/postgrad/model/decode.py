@@ -336,7 +336,7 @@ def _attention(
     grouped = grouped.reshape(1, key_heads, -1, query.shape[-1])
     layer: int = module.layer_idx
     keys, values = decoding.prefix.layers[layer]
-    shared, weight = _attend(grouped, keys, values, scale)
+    shared, weight = attend(grouped, keys, values, scale)
     shared = shared.view(key_heads, rows, -1, own.shape[-1]).transpose(0, 1).reshape(own.shape)
     weight = weight.view(key_heads, rows, -1).transpose(0, 1).reshape(own_weight.shape)
     share = torch.sigmoid(weight - own_weight).unsqueeze(-1).to(own.dtype)
@@ -347,7 +347,7 @@ def _last(query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor 
     """One token per row against its row; query heads of one key head are stacked as positions."""
     rows, heads, _, width = query.shape
     stacked = query.reshape(rows, key.shape[1], -1, width)
-    out, weight = _attend(stacked, key, value, scale, bias=bias)
+    out, weight = attend(stacked, key, value, scale, bias=bias)
     return out.reshape(rows, heads, 1, -1), weight.reshape(rows, heads, 1)
 
 
@@ -363,7 +363,7 @@ def _packed(query: Tensor, key: Tensor, value: Tensor, scale: float, places: Pai
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Pair:
     """Rows padded on the right, S = T: causality hides the padding."""
     times = query.shape[1] // key.shape[1]
-    return _attend(query, _repeat(key, times), _repeat(value, times), scale, causal=True)
+    return attend(query, _repeat(key, times), _repeat(value, times), scale, causal=True)
 
 
 def _repeat(x: Tensor, times: int) -> Tensor:
@@ -372,7 +372,7 @@ def _repeat(x: Tensor, times: int) -> Tensor:
     return x[:, :, None].expand(-1, -1, times, -1, -1).reshape(rows, heads * times, length, width)
 
 
-def _attend(
+def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,

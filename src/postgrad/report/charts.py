@@ -17,8 +17,17 @@ from postgrad.report.collect import (
     Reference,
 )
 from postgrad.report.markup import Html, join, tag
-from postgrad.report.words import arm_name, count, interval, level, number, percent
-from postgrad.types import Measurement
+from postgrad.report.words import (
+    arm_name,
+    count,
+    interval,
+    level,
+    number,
+    percent,
+    points,
+    points_interval,
+)
+from postgrad.types import Comparison, Measurement
 
 WIDE, NARROW = 860, 320
 """Pixels for which a page draws its charts: on a desk and on a phone."""
@@ -113,6 +122,36 @@ def bars(
     facts += [f"{reference.name}: {percent(reference.value)}" for reference in references]
     description = f"Bars with {level(confidence)} intervals. " + "; ".join(facts)
     return _svg(name, width, bottom + 22, "Before and after", description, parts)
+
+
+def forest(comparisons: Sequence[Comparison], *, width: int, name: str) -> Html:
+    """Return differences in points, one row each with its interval, around a line at zero."""
+    row = 44
+    bottom = row * len(comparisons)
+    ends = [100 * x for c in comparisons for x in (c.low, c.high)]
+    marks = ticks(min(0.0, *ends), max(0.0, *ends), 7 if width > 500 else 5)
+    scale = Scale(marks[0], marks[-1], 14, width - 14)
+    parts = []
+    for value in marks:
+        x = scale(value)
+        style = "grid zero" if value == 0 else "grid"
+        parts.append(tag("line", class_=style, x1=x, x2=x, y1=0, y2=bottom))
+        parts.append(_text(f"{value:+g}" if value else "0", x, bottom + 16, "tick", "middle"))
+    for top, c in zip(range(0, bottom, row), comparisons, strict=True):
+        x, low, high = (scale(100 * value) for value in (c.difference, c.low, c.high))
+        y = top + 30
+        whisker = f"M{low},{y}H{high}M{low},{y - 5}v10M{high},{y - 5}v10"
+        tip = tag("title", f"{points(c.difference)} ({points_interval(c)}), n = {count(c.n)}")
+        parts += [
+            tag("path", class_="whisker", d=whisker),
+            tag("circle", tip, class_="dot held-out", cx=x, cy=y, r=5),
+            _text(c.task, 0, top + 16, "label base", "start"),
+            _text(points(c.difference), width, top + 16, "label", "end"),
+        ]
+    facts = "; ".join(
+        f"{c.task}: {points(c.difference)} ({points_interval(c)})" for c in comparisons
+    )
+    return _svg(name, width, bottom + 22, "Change of general abilities in points", facts, parts)
 
 
 def _range(m: Measurement) -> str:

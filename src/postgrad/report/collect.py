@@ -18,6 +18,7 @@ from postgrad.config import Recipe
 from postgrad.errors import RunError
 from postgrad.evaluate.compare import best_base
 from postgrad.evaluate.evidence import read_evidence
+from postgrad.report.abilities import Benchmark, Retention
 from postgrad.run import Run, read_json, read_jsonl
 from postgrad.types import (
     Check,
@@ -104,6 +105,7 @@ class Evaluation:
     answers: Answers | None
     seeds: tuple[SeedSpread, ...] = ()
     """Spread over several trainings; none when there was one."""
+    retention: Retention | None = None
 
     @property
     def main(self) -> tuple[Measurement, ...]:
@@ -332,16 +334,26 @@ def _evaluation(run: Run) -> Evaluation | None:
         for m in measurements
         if (m.task, m.metric) == (task, metric)
     }
+    comparisons = tuple(_parse(Comparison, c, path) for c in tree.get("comparisons", []))
+    benchmarks = tuple(_parse(Benchmark, b, path) for b in tree.get("retention", []))
+    general = {benchmark.task for benchmark in benchmarks}
     without_answers = Evaluation(
         task=task,
         metric=metric,
         confidence=run.config.evaluate.confidence,
-        measurements=measurements,
-        comparisons=tuple(_parse(Comparison, c, path) for c in tree.get("comparisons", [])),
+        measurements=tuple(m for m in measurements if m.task not in general),
+        comparisons=tuple(c for c in comparisons if c.task not in general),
         references=tuple(_parse(Reference, r, path) for r in tree.get("references", [])),
         flaws=tuple(_flaws(arm, found) for arm, found in rows.items() if found),
         answers=None,
         seeds=tuple(_parse(SeedSpread, spread, path) for spread in tree.get("seeds", [])),
+        retention=Retention(
+            benchmarks,
+            tuple(m for m in measurements if m.task in general),
+            tuple(c for c in comparisons if c.task in general),
+        )
+        if benchmarks
+        else None,
     )
     best = without_answers.best_base
     if best is None or not rows.get(best.arm) or not rows.get(TUNED):

@@ -9,6 +9,7 @@ from postgrad.report.charts import NARROW, WIDE
 from postgrad.report.collect import TUNED, Curves, Evaluation, Report, collect
 from postgrad.report.markup import Content, Html, join, tag
 from postgrad.report.parts import empty, figure, note, section, table
+from postgrad.report.retention import retention_section
 from postgrad.report.words import (
     arm_name,
     capital,
@@ -63,6 +64,7 @@ def page(report: Report) -> Html:
         _verdict(report, name),
         _gates(report),
         _evaluation(report),
+        retention_section(report),
         _training(report),
         answers_section(report),
         facts.data_section(report),

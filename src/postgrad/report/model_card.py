@@ -274,7 +274,28 @@ def _evaluation(report: Report) -> list[str]:
         "## Evaluation",
         _table(heads, rows),
         _comparisons(evaluation),
-        "Forgetting: not measured in this run.",
+        *_retention(evaluation),
+    ]
+
+
+def _retention(evaluation: Evaluation) -> list[str]:
+    retention = evaluation.retention
+    if retention is None:
+        return ["Forgetting: not measured in this run."]
+    rows = []
+    for benchmark in retention.benchmarks:
+        row = [_text(benchmark.label), metric_name(benchmark.metric), benchmark.template]
+        for arm in ("base", TUNED):
+            m = retention.measured(benchmark, arm)
+            row.append(f"{percent(m.value)} ({interval(m.low, m.high)})" if m else NOT_MEASURED)
+        c = retention.compared(benchmark)
+        row += [f"{points(c.difference)} ({points_interval(c)})", str(c.verdict)] if c else ["", ""]
+        rows.append(row)
+    heads = ["Benchmark", "Metric", "Prompt", "Base model", "This model", "Points", "Verdict"]
+    return [
+        "### General abilities, before and after",
+        _table(heads, rows),
+        "Figures of a part of a benchmark are not its standard score.",
     ]
 
 

@@ -18,6 +18,8 @@ _METRICS = {
     "regex": "match after extraction",
     "f1": "mean token F1",
     "json": "mean JSON score",
+    "acc": "accuracy",
+    "acc_norm": "accuracy, likelihood per character",
 }
 _SHARES = frozenset({"exact_match", "normalized_match", "numeric", "contains", "regex"})
 """Metrics whose mean is a share of rows."""
@@ -313,9 +315,7 @@ def unknowns(report: Report) -> list[str]:
     if evaluation is None and not report.refused:
         found.append("Quality: not measured, no arm was evaluated.")
     if report.training or (evaluation and evaluation.tuned):
-        found.append(
-            "Forgetting: not measured in this run. Whether general abilities were lost is unknown."
-        )
+        found.append(forgetting(evaluation))
         if not (evaluation and evaluation.seeds):
             found.append(
                 "Another seed: not measured. This is one training run "
@@ -323,6 +323,16 @@ def unknowns(report: Report) -> list[str]:
                 "the intervals cover the choice of test rows only."
             )
     return found + (_evaluation_unknowns(report, evaluation) if evaluation else [])
+
+
+def forgetting(evaluation: Evaluation | None) -> str:
+    """Say what is not known about lost abilities."""
+    if evaluation is None or evaluation.retention is None:
+        return (
+            "Forgetting: not measured in this run. Whether general abilities were lost is unknown."
+        )
+    names = ", ".join(benchmark.task for benchmark in evaluation.retention.benchmarks)
+    return f"Other abilities: measured were {names}; what else was lost or gained is unknown."
 
 
 def _evaluation_unknowns(report: Report, evaluation: Evaluation) -> list[str]:

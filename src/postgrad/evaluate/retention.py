@@ -1,0 +1,382 @@
+"""Retention: benchmarks of general ability, asked of the base model and of the tuned one.
+
+The same items for both, every answer as evidence, every figure with its interval, every difference
+paired by item. A task and arm that has its evidence is not asked again.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from postgrad.config import Recipe
+from postgrad.data.template import TEMPLATE_ERRORS
+from postgrad.errors import ModelError
+from postgrad.evaluate import compare, statistics
+from postgrad.evaluate.benchmarks import Benchmark
+from postgrad.evaluate.evidence import read_evidence, write_evidence
+from postgrad.evaluate.models import TUNED, Models
+from postgrad.evaluate.tasks import Item, Kind, choose_shots, preamble, shot_text
+from postgrad.model.generate import generate
+from postgrad.model.likelihood import Likelihood, Pair, encode_pairs, log_likelihoods
+from postgrad.progress import Display
+from postgrad.run import Run
+from postgrad.types import Comparison, Completion, Evidence, Measurement, Message, Score
+
+BASE = "base"
+SHOWN_OPTION = 60
+"""Characters of an option that an explanation quotes."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Retention:
+    """What was measured, for evidence/measurements.json."""
+
+    measurements: tuple[Measurement, ...]
+    comparisons: tuple[Comparison, ...]
+    tasks: tuple[Mapping[str, Any], ...]
+    """For each task: name, label, source, prompt format, template, metric, chance."""
+
+
+def measure_retention(
+    run: Run, recipe: Recipe, benchmarks: Sequence[Benchmark], models: Models, display: Display
+) -> Retention:
+    """Ask every benchmark of both arms and compare; only `base` when there is no tuned model."""
+    arms = [BASE, TUNED] if models.has_tuned else [BASE]
+    measurements: list[Measurement] = []
+    comparisons: list[Comparison] = []
+    for benchmark in benchmarks:
+        for reason in benchmark.tried:
+            display.note(f"{benchmark.task.name}: {reason}")
+        display.note(f"benchmark {benchmark.label}")
+    # arm by arm: switching from one model to the other is not free
+    rows = {
+        (benchmark.task.name, arm): _arm(run, recipe, benchmark, arm, models, display)
+        for arm in arms
+        for benchmark in benchmarks
+    }
+    for benchmark in benchmarks:
+        name = benchmark.task.name
+        for arm in arms:
+            place = str(run.evidence_path(name, arm).relative_to(run.path))
+            measurements += _measure(benchmark, rows[name, arm], arm, recipe, place)
+        if TUNED in arms:
+            pair = (rows[name, BASE], rows[name, TUNED])
+            comparisons.append(_compare(benchmark, *pair, recipe))
+    tasks = tuple(_facts(benchmark, recipe) for benchmark in benchmarks)
+    return Retention(tuple(measurements), tuple(comparisons), tasks)
+
+
+def under_template(benchmark: Benchmark, recipe: Recipe) -> bool:
+    """Return whether the benchmark is asked under the chat template."""
+    wanted = recipe.evaluate.retention_template
+    return benchmark.task.chat if wanted == "auto" else wanted == "chat"
+
+
+def _facts(benchmark: Benchmark, recipe: Recipe) -> dict[str, Any]:
+    task = benchmark.task
+    return {
+        "task": task.name,
+        "label": benchmark.label,
+        "source": benchmark.source,
+        "tried": list(benchmark.tried),
+        "items": len(benchmark.items),
+        "available": benchmark.available,
+        "unusable": benchmark.unusable,
+        "standard": task.samples.standard or None,
+        "metric": task.metrics[0],
+        "chance": benchmark.chance,
+        "kind": str(task.kind),
+        "origin": task.origin,
+        "shots": task.shots,
+        "template": "chat" if under_template(benchmark, recipe) else "raw",
+    }
+
+
+def _measure(
+    benchmark: Benchmark, rows: Sequence[Evidence], arm: str, recipe: Recipe, place: str
+) -> list[Measurement]:
+    task, confidence = benchmark.task, recipe.evaluate.confidence
+    found = [
+        compare.measure(
+            observed(benchmark, rows, metric),
+            task.name,
+            metric,
+            arm,
+            confidence,
+            recipe.data_seed,
+            place,
+        )
+        for metric in task.metrics
+    ]
+    if task.kind is Kind.CLOZE:
+        found.append(_perplexity(rows, task.name, arm, confidence, place))
+    return found
+
+
+def _compare(
+    benchmark: Benchmark, base: Sequence[Evidence], tuned: Sequence[Evidence], recipe: Recipe
+) -> Comparison:
+    metric = benchmark.task.metrics[0]
+    return compare.compare(
+        observed(benchmark, base, metric),
+        observed(benchmark, tuned, metric),
+        benchmark.task.name,
+        metric,
+        BASE,
+        TUNED,
+        recipe.evaluate.confidence,
+        recipe.data_seed,
+    )
+
+
+def observed(benchmark: Benchmark, rows: Sequence[Evidence], metric: str) -> Sequence[Evidence]:
+    """Return the rows whose mean is the metric: the items, unless the task has other units."""
+    units = benchmark.task.units
+    return rows if units is None else units(rows, metric)
+
+
+def _perplexity(
+    rows: Sequence[Evidence], task: str, arm: str, confidence: float, place: str
+) -> Measurement:
+    """Return exp of the mean negative log-likelihood, with a normal interval of that mean."""
+    values = np.array([-row.logprobs[0] for row in rows if row.error is None])
+    if len(values) < 2:
+        values = np.array([math.inf, math.inf]) if not len(values) else values.repeat(2)
+    error = float(values.std(ddof=1)) / math.sqrt(len(values))
+    mean, half = float(values.mean()), statistics.critical_value(confidence) * error
+    low, high = math.exp(mean - half), math.exp(mean + half)
+    errors = sum(row.error is not None for row in rows)
+    return Measurement(
+        task, "perplexity", arm, math.exp(mean), low, high, len(rows), "normal", place, errors
+    )
+
+
+def _arm(
+    run: Run, recipe: Recipe, benchmark: Benchmark, arm: str, models: Models, display: Display
+) -> list[Evidence]:
+    """Return the evidence of one task and arm: what is there already, or new."""
+    name = benchmark.task.name
+    if run.evidence_path(name, arm).exists():
+        rows = read_evidence(run, name, arm)
+        if [row.example_id for row in rows] == [item.id for item in benchmark.items]:
+            return rows
+    ask = _generate if benchmark.task.kind is Kind.GENERATION else _score_continuations
+    chat = under_template(benchmark, recipe)
+    title = f"{name} {arm}"
+    with models.arm(arm) as model, display.track(title, len(benchmark.items), unit="items") as bar:
+        rows = ask(model, benchmark, models, chat, recipe.evaluate.batch_tokens, bar.advance)
+    write_evidence(run, name, arm, rows)
+    return rows
+
+
+def contexts(
+    benchmark: Benchmark, item: Item, chat: Callable[[Sequence[Message]], str] | None
+) -> tuple[str, ...]:
+    """Return what stands before the answer, once or for each option: raw, or as a chat.
+
+    As a chat the description is the system message, examples are earlier turns and the prompt is
+    the user's message.
+    """
+    task = benchmark.task
+    prompts = item.contexts or (item.prompt,)
+    if chat is None:
+        before = preamble(task, item, benchmark.shots)
+        return tuple(before + prompt for prompt in prompts)
+    turns = [Message("system", item.description)] if item.description else []
+    for shot in choose_shots(task, item, benchmark.shots):
+        answer = shot.reference.strip()
+        asked = shot_text(task, shot).removesuffix(answer).rstrip(" ")
+        turns += [Message("user", asked), Message("assistant", answer)]
+    return tuple(chat([*turns, Message("user", prompt)]) for prompt in prompts)
+
+
+def requests(
+    benchmark: Benchmark, item: Item, chat: Callable[[Sequence[Message]], str] | None
+) -> list[tuple[str, str]]:
+    """Return (context, continuation) of each option; no separator after a chat template."""
+    before = contexts(benchmark, item, chat)
+    plain = benchmark.task.kind is Kind.CLOZE or chat is not None
+    separator = "" if plain else benchmark.task.separator
+    count = max(len(before), len(item.options))
+    options = item.options * (count // len(item.options))
+    return [
+        (context, separator + option)
+        for context, option in zip(before * (count // len(before)), options, strict=True)
+    ]
+
+
+def _score_continuations(
+    model: Any,
+    benchmark: Benchmark,
+    models: Models,
+    chat: bool,
+    _: int,
+    advance: Callable[[int], None],
+) -> list[Evidence]:
+    """Return evidence of a multiple-choice or cloze task."""
+    tokenizer = models.base.tokenizer
+    render = _renderer(models) if chat else None
+    limit = _context_tokens(model)
+    pairs: dict[int, list[Pair]] = {}
+    problems: dict[int, str] = {}
+    for number, item in enumerate(benchmark.items):
+        try:
+            pairs[number] = encode_pairs(tokenizer, requests(benchmark, item, render))
+            longest = max(len(pair.inputs) for pair in pairs[number])
+            if longest > limit:
+                problems[number] = f"{longest} tokens, the model's context has {limit}"
+        except (*TEMPLATE_ERRORS, ModelError) as error:
+            problems[number] = str(error).splitlines()[0]
+    asked = [number for number in pairs if number not in problems]
+    seconds: dict[int, float] = {}
+
+    def finished(groups: Sequence[int], spent: float) -> None:
+        for group in groups:
+            seconds[asked[group]] = seconds.get(asked[group], 0.0) + spent / len(groups)
+        advance(len(groups))
+
+    found = log_likelihoods(model, [pairs[n] for n in asked], on_progress=finished)
+    likelihoods = dict(zip(asked, found, strict=True))
+    return [
+        _failure(benchmark, item, problems[n])
+        if n in problems
+        else _chosen(benchmark, item, likelihoods[n], pairs[n], seconds[n])
+        for n, item in enumerate(benchmark.items)
+    ]
+
+
+def _chosen(
+    benchmark: Benchmark,
+    item: Item,
+    likelihoods: Sequence[Likelihood],
+    pairs: Sequence[Pair],
+    seconds: float,
+) -> Evidence:
+    """Return the evidence of one item from the likelihoods of its options."""
+    task = benchmark.task
+    values = np.array([likelihood.logprob for likelihood in likelihoods])
+    if task.kind is Kind.CLOZE:
+        right = likelihoods[0].greedy
+        why = "" if right else "another continuation is likelier"
+        scores, said = {"acc": Score(float(right), right, why)}, ""
+    else:
+        texts = item.contexts or item.options
+        best = {
+            "acc": int(values.argmax()),
+            "acc_norm": int((values / [max(1, len(text)) for text in texts]).argmax()),
+        }
+        scores = {m: _verdict(best[m] == item.gold, texts[best[m]]) for m in task.metrics}
+        said = texts[best[task.metrics[0]]]
+    return Evidence(
+        example_id=item.id,
+        prompt=item.prompt,
+        reference=item.reference,
+        completion=said,
+        scores=scores,
+        prompt_tokens=max(len(pair.context) for pair in pairs),
+        completion_tokens=sum(len(pair.continuation) for pair in pairs),
+        seconds=seconds,
+        logprobs=tuple(values.tolist()),
+        group=item.group,
+    )
+
+
+def _verdict(right: bool, chosen: str) -> Score:
+    return Score(float(right), right, "" if right else f"chose {chosen[:SHOWN_OPTION]!r}")
+
+
+def _failure(benchmark: Benchmark, item: Item, problem: str) -> Evidence:
+    return Evidence(
+        example_id=item.id,
+        prompt=item.prompt,
+        reference=item.reference,
+        completion="",
+        scores={metric: Score(0.0, False, problem) for metric in benchmark.task.metrics},
+        error=problem,
+        group=item.group,
+    )
+
+
+def _generate(
+    model: Any,
+    benchmark: Benchmark,
+    models: Models,
+    chat: bool,
+    batch_tokens: int,
+    advance: Callable[[int], None],
+) -> list[Evidence]:
+    """Return evidence of a generation task."""
+    generation = benchmark.task.generation
+    assert generation is not None
+    tokenizer, limit = models.base.tokenizer, _context_tokens(model) - generation.max_new_tokens
+    render = _renderer(models) if chat else None
+    prompts: dict[int, list[int]] = {}
+    problems: dict[int, str] = {}
+    for number, item in enumerate(benchmark.items):
+        try:
+            text = contexts(benchmark, item, render)[0]
+            prompts[number] = tokenizer(text, add_special_tokens=not chat)["input_ids"]
+        except TEMPLATE_ERRORS as error:
+            problems[number] = str(error).splitlines()[0]
+            continue
+        if len(prompts[number]) > limit:
+            problems[number] = f"{len(prompts[number])} tokens leave no room for the answer"
+    asked = [number for number in prompts if number not in problems]
+    seconds: dict[int, float] = {}
+
+    def finished(rows: Sequence[int], spent: float) -> None:
+        seconds.update({asked[row]: spent / len(rows) for row in rows})
+        advance(len(rows))
+
+    completions = generate(
+        model,
+        [prompts[number] for number in asked],
+        max_new_tokens=generation.max_new_tokens,
+        stop_ids=models.renderer.stop_ids,
+        batch_tokens=batch_tokens,
+        tokenizer=tokenizer,
+        on_progress=finished,
+    )
+    answers = dict(zip(asked, completions, strict=True))
+    return [
+        _failure(benchmark, item, problems[n])
+        if n in problems
+        else _written(benchmark, item, answers[n], len(prompts[n]), seconds[n])
+        for n, item in enumerate(benchmark.items)
+    ]
+
+
+def _written(
+    benchmark: Benchmark, item: Item, completion: Completion, prompt_tokens: int, seconds: float
+) -> Evidence:
+    """Return the evidence of one generated answer, cut before the first stop text."""
+    generation = benchmark.task.generation
+    assert generation is not None
+    text = completion.text
+    for stop in generation.until:
+        text = text.partition(stop)[0]
+    return Evidence(
+        example_id=item.id,
+        prompt=item.prompt,
+        reference=item.reference,
+        completion=text,
+        scores=dict(generation.score(text, item)),
+        stop_reason=completion.stop_reason,
+        prompt_tokens=prompt_tokens,
+        completion_tokens=len(completion.ids),
+        seconds=seconds,
+        group=item.group,
+    )
+
+
+def _renderer(models: Models) -> Callable[[Sequence[Message]], str]:
+    template = models.renderer.template
+    return lambda messages: template.render(messages, (), prompt=True)
+
+
+def _context_tokens(model: Any) -> float:
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or math.inf

@@ -1,0 +1,1 @@
+"""What other programs read: a recipe's test set as a task of lm-evaluation-harness."""

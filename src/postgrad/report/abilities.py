@@ -1,0 +1,40 @@
+"""General abilities as the report tells them: what was asked, and the figures of both models."""
+
+from dataclasses import dataclass
+
+from postgrad.types import Comparison, Measurement
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """An entry of `retention` in measurements.json: what was asked, and how."""
+
+    task: str
+    label: str
+    """Name with the number of items asked, the size of the standard set and the source."""
+    metric: str
+    origin: str
+    template: str
+    """`raw` or `chat`."""
+    chance: float | None = None
+    shots: int = 0
+    unusable: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """Benchmarks of general ability, before and after."""
+
+    benchmarks: tuple[Benchmark, ...]
+    measurements: tuple[Measurement, ...]
+    comparisons: tuple[Comparison, ...]
+
+    def measured(self, benchmark: Benchmark, arm: str) -> Measurement | None:
+        """Return the figure of one arm in the benchmark's first metric."""
+        wanted = (benchmark.task, benchmark.metric, arm)
+        found = [m for m in self.measurements if (m.task, m.metric, m.arm) == wanted]
+        return found[0] if found else None
+
+    def compared(self, benchmark: Benchmark) -> Comparison | None:
+        """Return the tuned model against the base model."""
+        return next((c for c in self.comparisons if c.task == benchmark.task), None)
