@@ -248,15 +248,47 @@ def test_rows_beyond_a_rescaled_context_do_not_change_the_others(tokenizer):
     assert [c.ids for c in found] == [alone(model, prompt, 8, ()) for prompt in prompts]
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_the_plain_attention_equals_the_kernel(causal):
+@pytest.mark.parametrize("length", [1, 2, 17, 64])
+def test_packed_and_plain_attention_equal_the_kernel(length, monkeypatch):
     torch.manual_seed(4)
-    query, key, value = torch.randn(3, 2, 4, 7, 16)
-    bias = None
-    if not causal:
-        bias = torch.zeros(2, 1, 1, 7)
-        bias[1, ..., :3] = float("-inf")
-    plain = decode.attend_plainly(query, key, value, 0.25, causal=causal, bias=bias)
-    kernel = decode.attend(query, key, value, 0.25, causal=causal, bias=bias)
+    query = torch.randn(2, 4, length, 16)
+    key, value = torch.randn(2, 2, 2, length, 16)
+    plain = decode._causal(query, key, value, 0.25)
+    monkeypatch.setattr(decode, "PLAIN_SCORES", 0)
+    kernel = decode._causal(query, key, value, 0.25)
     for a, b in zip(plain, kernel, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_token_sees_the_prefix_and_what_its_row_shows(dtype):
+    torch.manual_seed(5)
+    query = torch.randn(3, 4, 1, 16).to(dtype)
+    key, value = torch.randn(2, 3, 2, 9, 16).to(dtype)
+    prefix = torch.randn(2, 1, 2, 5, 16).to(dtype)
+    bias = torch.zeros(3, 1, 1, 9).masked_fill_(torch.rand(3, 1, 1, 9) < 0.4, float("-inf"))
+    for pair, columns in ((None, 9), ((prefix[0], prefix[1]), 14)):
+        keys, values, mask = key, value, bias
+        if pair is not None:
+            keys = torch.cat([prefix[0].expand(3, -1, -1, -1), key], 2)
+            values = torch.cat([prefix[1].expand(3, -1, -1, -1), value], 2)
+            mask = torch.nn.functional.pad(bias, (5, 0))
+        assert keys.shape[2] == columns
+        wanted = torch.nn.functional.scaled_dot_product_attention(
+            query.double(), keys.double(), values.double(), mask.double(), scale=0.25,
+            enable_gqa=True,
+        )  # fmt: skip
+        found = decode._last(query, key, value, 0.25, bias.to(dtype), pair).transpose(1, 2)
+        tolerance = 1e-5 if dtype is torch.float32 else 0.02
+        torch.testing.assert_close(found.double(), wanted, atol=tolerance, rtol=tolerance)
+
+
+def test_answers_longer_than_the_reserve_and_long_beginnings_stay_equal(
+    model, tokenizer, monkeypatch
+):
+    monkeypatch.setattr(decode, "RESERVED_TOKENS", 3)
+    monkeypatch.setattr(decode, "PLAIN_SCORES", 100)
+    prompts = prompts_of(18, 6, common=40)
+    stop_ids = frozenset(random.Random(3).sample(range(VOCABULARY), 25))
+    found = ask(model, tokenizer, prompts, 15, stop_ids)
+    assert [c.ids for c in found] == [alone(model, prompt, 15, stop_ids) for prompt in prompts]

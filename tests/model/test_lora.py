@@ -202,6 +202,18 @@ def test_a_new_adapter_changes_nothing_and_is_a_function_of_the_seed(tiny_model_
     assert not torch.equal(a, lora.lora_layers(third)[first].lora_A)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_cast_once_compute_the_same_bits(tiny_model_dir, dtype):
+    config = LoraConfig(r=4, lora_alpha=6)
+    model = stirred(fresh(tiny_model_dir, dtype), config)
+    before = logits(model)
+    with lora.cast_once(model):
+        assert torch.equal(logits(model), before)
+    for layer in lora.lora_layers(model).values():
+        layer.lora_B.data.mul_(2)
+    assert not torch.equal(logits(model), before)
+
+
 def test_disabled_is_the_base_and_comes_back(tiny_model_dir):
     before = logits(fresh(tiny_model_dir))
     model = stirred(fresh(tiny_model_dir), LoraConfig(r=4)).eval()

@@ -31,6 +31,11 @@ PREFILL_TOKENS = {"cpu": 768}
 """Tokens of one pass over prompts by kind of device, `MOST_PREFILL_TOKENS` elsewhere. On a CPU more
 would leave its caches, and rows of one pass are padded to the longest inside the attention."""
 MOST_PREFILL_TOKENS = 8192
+RESERVED_TOKENS = 64
+"""Columns of a buffer for answers; as many again are added when they are full."""
+PLAIN_SCORES = 384 * 384
+"""Scores for each row and head: up to so many, two matrix products on a CPU are faster than the
+kernel, whose own products are not made for bf16 on every processor; more are made in pieces."""
 
 Pair = tuple[Tensor, Tensor]
 
@@ -112,7 +117,8 @@ class SharedDecoder:
         self._lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self._columns = len(prompts[0])
         layers = len(DynamicCache(config=model.config).layers)
-        self._layers = [_ReservedLayer(len(prompts), self._columns + room) for _ in range(layers)]
+        capacity = self._columns + min(room, RESERVED_TOKENS)
+        self._layers = [_ReservedLayer(len(prompts), capacity) for _ in range(layers)]
         self._cache = Cache(layers=self._layers)
         self._bias: Tensor | None = None
         self._generated = 0
@@ -130,22 +136,23 @@ class SharedDecoder:
             logits.append(self._read(first, end))
             first = end
         columns = torch.arange(self._layers[0].capacity, device=self._lengths.device)
-        gap = (columns >= self._lengths[:, None]) & (columns < self._columns)
-        if gap.any():
-            zero = torch.zeros(gap.shape, dtype=logits[0].dtype, device=gap.device)
-            self._bias = zero.masked_fill_(gap, float("-inf"))[:, None, None, :]
+        zero = torch.zeros(len(sizes), len(columns), dtype=logits[0].dtype, device=columns.device)
+        hidden = columns >= self._lengths[:, None]
+        self._bias = zero.masked_fill_(hidden, float("-inf"))[:, None, None, :]
         for layer in self._layers:
             layer.extend(len(sizes), self._columns)
         return torch.cat(logits)
 
     def step(self, tokens: Tensor) -> Tensor:
         """See `Decoder`."""
+        assert self._bias is not None
         positions = self._start + self._lengths + self._generated
+        column = self._columns + self._generated
         self._generated += 1
-        bias = self._bias
-        if bias is not None:
-            bias = bias[..., : self._columns + self._generated]
-        decoding = _Decoding(self._prefix, bias=bias)
+        if column == self._bias.shape[-1]:
+            self._bias = functional.pad(self._bias, (0, RESERVED_TOKENS), value=float("-inf"))
+        self._bias[..., column] = 0
+        decoding = _Decoding(self._prefix, bias=self._bias)
         return self._forward(tokens[:, None], positions[:, None], decoding, 1)[:, -1]
 
     def keep(self, rows: Tensor) -> None:
@@ -154,8 +161,8 @@ class SharedDecoder:
         for layer in self._layers:
             layer.move(rows[moved], moved, len(rows))
         self._lengths = self._lengths[rows]
-        if self._bias is not None:
-            self._bias = self._bias[rows]
+        assert self._bias is not None
+        self._bias = self._bias[rows]
 
     def _read(self, first: int, end: int) -> Tensor:
         """Read prompts first ... end in one pass; return the logits after each."""
@@ -276,19 +283,28 @@ class _ReservedLayer(DynamicLayer):  # type: ignore[misc]
         self.selected, self.length, self._places = slice(0, count), length, None
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Pair:
-        """Write what comes next; return all filled columns of the selected rows."""
+        """Write what comes next; return the selected rows.
+
+        Of packed tokens the filled columns only; of single tokens all columns, those to come too:
+        products of whole, contiguous buffers are several times faster than of their parts.
+        """
         if self._buffers is None:
             self._buffers = self._reserve(key_states), self._reserve(value_states)
-        if self._places is None:
-            self.length += 1
+        if self._places is not None:
+            for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+                rows = buffer[self.selected].transpose(1, 2)
+                rows[self._places] = states[0].transpose(0, 1)
+            keys, values = self._buffers
+            return keys[self.selected, :, : self.length], values[self.selected, :, : self.length]
+        if self.length == self._buffers[0].shape[2]:
+            more = (0, 0, 0, RESERVED_TOKENS)
+            keys, values = (functional.pad(buffer, more) for buffer in self._buffers)
+            self._buffers = keys, values
+        self.length += 1
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            rows = buffer[self.selected]
-            if self._places is None:
-                rows[:, :, self.length - 1] = states[:, :, 0]
-            else:
-                rows.transpose(1, 2)[self._places] = states[0].transpose(0, 1)
+            buffer[self.selected, :, self.length - 1] = states[:, :, 0]
         keys, values = self._buffers
-        return keys[self.selected, :, : self.length], values[self.selected, :, : self.length]
+        return keys[self.selected], values[self.selected]
 
     def move(self, origin: Tensor, target: Tensor, count: int) -> None:
         """Copy rows `origin` onto rows `target` and go on with the first `count`."""
@@ -325,30 +341,49 @@ def _attention(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if decoding is None:
         return _causal(query, key, value, scale)[0].transpose(1, 2), None
-    if decoding.places is None:
-        own, own_weight = _last(query, key, value, scale, decoding.bias)
-    else:
-        own, own_weight = _packed(query, key, value, scale, decoding.places)
-    if decoding.prefix is None:
-        return own.transpose(1, 2), None
-    rows, key_heads = len(query), key.shape[1]
-    grouped = query.reshape(rows, key_heads, -1, query.shape[-1]).transpose(0, 1)
-    grouped = grouped.reshape(1, key_heads, -1, query.shape[-1])
     layer: int = module.layer_idx
-    keys, values = decoding.prefix.layers[layer]
-    shared, weight = attend(grouped, keys, values, scale)
-    shared = shared.view(key_heads, rows, -1, own.shape[-1]).transpose(0, 1).reshape(own.shape)
-    weight = weight.view(key_heads, rows, -1).transpose(0, 1).reshape(own_weight.shape)
+    prefix = decoding.prefix.layers[layer] if decoding.prefix else None
+    if decoding.places is None:
+        return _last(query, key, value, scale, decoding.bias, prefix), None
+    own, own_weight = _packed(query, key, value, scale, decoding.places)
+    if prefix is None:
+        return own.transpose(1, 2), None
+    shared, weight = _attend(query.reshape(1, key.shape[1], -1, query.shape[-1]), *prefix, scale)
+    shared, weight = shared.view(own.shape), weight.view(own_weight.shape)
     share = torch.sigmoid(weight - own_weight).unsqueeze(-1).to(own.dtype)
     return torch.lerp(own, shared, share).transpose(1, 2), None
 
 
-def _last(query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None) -> Pair:
-    """One token per row against its row; query heads of one key head are stacked as positions."""
+def _last(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    prefix: Pair | None,
+) -> Tensor:
+    """One token per row against the prefix and its row: query [B, H, 1, D] -> [B, 1, H, D].
+
+    Query heads of one key head are stacked as positions; those of all rows for the prefix.
+    """
     rows, heads, _, width = query.shape
     stacked = query.reshape(rows, key.shape[1], -1, width)
-    out, weight = attend(stacked, key, value, scale, bias=bias)
-    return out.reshape(rows, heads, 1, -1), weight.reshape(rows, heads, 1)
+    scores = (stacked @ key.transpose(-1, -2)).float().mul_(scale)
+    if bias is not None:
+        scores += bias
+    if prefix is None:
+        weights = scores.softmax(-1).to(value.dtype)
+        return (weights @ value).view(rows, 1, heads, -1)
+    keys, values = (x[0] for x in prefix)
+    grouped = stacked.transpose(0, 1).flatten(1, 2)
+    before = (grouped @ keys.transpose(-1, -2)).float().mul_(scale)
+    before = before.view(len(keys), rows, -1, keys.shape[1]).transpose(0, 1)
+    weights = torch.cat([before, scores], -1).softmax(-1).to(value.dtype)
+    first, own = weights[..., : keys.shape[1]], weights[..., keys.shape[1] :]
+    shared = first.transpose(0, 1).flatten(1, 2) @ values
+    shared = shared.view(len(keys), rows, -1, shared.shape[-1]).transpose(0, 1)
+    out = own @ value + shared
+    return out.reshape(rows, 1, heads, -1)
 
 
 def _packed(query: Tensor, key: Tensor, value: Tensor, scale: float, places: Pair) -> Pair:
@@ -361,15 +396,33 @@ def _packed(query: Tensor, key: Tensor, value: Tensor, scale: float, places: Pai
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Pair:
-    """Rows padded on the right, S = T: causality hides the padding."""
-    times = query.shape[1] // key.shape[1]
-    return attend(query, _repeat(key, times), _repeat(value, times), scale, causal=True)
+    """Rows padded on the right, S = T: causality hides the padding; heads as in `_attention`."""
+    rows, heads, length, width = query.shape
+    times = heads // key.shape[1]
+    kernel = query.device.type == "cpu" and width == value.shape[-1]
+    if not kernel or length * length <= PLAIN_SCORES:
+        stacked = query.reshape(rows, -1, times * length, width)
+        bias = _causal_bias(length, query.device).repeat(times, 1)
+        out, weight = attend_plainly(stacked, key, value, scale, bias=bias)
+        return out.reshape(rows, heads, length, -1), weight.reshape(rows, heads, length)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # type: ignore[no-any-return]
+        query, _repeat(key, times), _repeat(value, times), 0.0, True, scale=scale
+    )
 
 
 def _repeat(x: Tensor, times: int) -> Tensor:
     """[B, K, T, D] -> [B, K * times, T, D], each head `times` times in a row."""
     rows, heads, length, width = x.shape
     return x[:, :, None].expand(-1, -1, times, -1, -1).reshape(rows, heads * times, length, width)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Pair:
+    """Attention to all keys, [B, H, S, D]; also the log of the softmax's denominator."""
+    count = max(1, PLAIN_SCORES // key.shape[2])
+    pieces = torch.split(query, count, dim=2)
+    parts = [attend_plainly(piece, key, value, scale) for piece in pieces]
+    outs, weights = zip(*parts, strict=True)
+    return torch.cat(outs, 2), torch.cat(weights, 2)
 
 
 def attend(
@@ -381,32 +434,31 @@ def attend(
     causal: bool = False,
     bias: Tensor | None = None,
 ) -> Pair:
-    """Return softmax(q kᵀ) v and the log of the softmax's denominator, float32 [B, H, S]."""
+    """The same with a mask: causal, or `bias`, added to the scores; by a kernel where one fits."""
     if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # type: ignore[no-any-return]
             query, key, value, 0.0, causal, attn_mask=bias, scale=scale
         )
-    return attend_plainly(query, key, value, scale, causal=causal, bias=bias)
+    if causal:
+        bias = _causal_bias(query.shape[2], query.device)
+    return attend_plainly(query, key, value, scale, bias=bias)
+
+
+def _causal_bias(length: int, device: torch.device) -> Tensor:
+    """[length, length] float32: zero on and below the diagonal, minus infinity above."""
+    hidden = torch.ones(length, length, dtype=torch.bool, device=device).triu_(1)
+    return torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))
 
 
 def attend_plainly(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    *,
-    causal: bool = False,
-    bias: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None = None
 ) -> Pair:
-    """The same by matrix products, for devices without a kernel that returns the denominator."""
-    scores = (query @ key.transpose(-1, -2)).float() * scale
+    """Return softmax(s q kᵀ + bias) v and the log of its denominator, float32 [B, H, S]."""
+    scores = (query @ key.transpose(-1, -2)).float().mul_(scale)
     if bias is not None:
-        scores = scores + bias
-    if causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu_(1)
-        scores = scores.masked_fill_(hidden, float("-inf"))
+        scores += bias
     weight = torch.logsumexp(scores, -1)
-    return (scores - weight.unsqueeze(-1)).exp_().to(value.dtype) @ value, weight
+    return scores.sub_(weight.unsqueeze(-1)).exp_().to(value.dtype) @ value, weight
 
 
 def _device(model: Any) -> torch.device:

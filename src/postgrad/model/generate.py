@@ -25,6 +25,7 @@ from postgrad.model.decode import (
     read_prefix,
     steady_length,
 )
+from postgrad.model.lora import cast_once
 from postgrad.types import Completion, StopReason
 
 PREFIX_TOKENS = 8
@@ -82,7 +83,7 @@ def generate(
     completions: dict[int, Completion] = {}
     attention: AbstractContextManager[None] = decoding_attention(model) if share else nullcontext()
     prefixes: dict[tuple[int, ...], Prefix] = {}
-    with torch.inference_mode(), _evaluating(model), attention:
+    with torch.inference_mode(), _evaluating(model), cast_once(model), attention:
         for batch in batches:
             start = time.perf_counter()
             decoder = _decoder(model, prompts, batch, max_new_tokens, share, prefixes)

@@ -98,6 +98,8 @@ class LoraLinear(nn.Module):
         self.scale = config.lora_alpha / divisor
         self.dropout = config.lora_dropout
         self.enabled = True
+        self.cast: tuple[Tensor, Tensor] | None = None
+        """Aᵀ and s Bᵀ in the precision of the frozen weight, inside `cast_once`."""
 
     @property
     def weight(self) -> Tensor:
@@ -108,6 +110,10 @@ class LoraLinear(nn.Module):
         """Return base(x) plus the scaled update; x [..., in] -> [..., out]."""
         if not self.enabled:
             return self.base(x)  # type: ignore[no-any-return]
+        if self.cast is not None:
+            flat = x.reshape(-1, x.shape[-1])
+            y = functional.linear(flat, self.base.weight, self.base.bias)
+            return y.addmm_(flat @ self.cast[0], self.cast[1]).view(*x.shape[:-1], -1)
         if self.dropout and self.training:
             dropped = functional.dropout(x, self.dropout).to(x.dtype)
             low = dropped @ self.lora_A.to(x.dtype).t()
@@ -173,6 +179,20 @@ def disabled(model: Any) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enabled = True
+
+
+@contextmanager
+def cast_once(model: Any) -> Iterator[None]:
+    """Cast the adapters once, not in every forward pass: for inference, with equal results."""
+    layers = list(lora_layers(model).values())
+    for layer in layers:
+        dtype = layer.base.weight.dtype
+        layer.cast = layer.lora_A.to(dtype).t(), (layer.lora_B * layer.scale).to(dtype).t()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.cast = None
 
 
 def adapter_state(model: Any) -> dict[str, Tensor]:
