@@ -110,3 +110,11 @@ def test_names_are_used_once(tmp_path):
 def test_a_folder_that_is_none_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="not a folder"):
         load_benchmark("piqa", tmp_path / "none", None, 7)
+
+
+def test_a_gate_on_a_benchmark_that_is_not_asked_is_refused_before_training(wheel):
+    tree = {"name": "bot", "model": {"base": "m"}, "data": {"train": "t.jsonl"}}
+    gates = {"retention": {"piqa": 2, "all": 2, "pica": 1}}
+    recipe = parse_recipe({**tree, "evaluate": {"retention": ["piqa"], "gates": gates}})
+    with pytest.raises(ConfigError, match="names pica, which evaluate.retention does not ask"):
+        load_benchmarks(recipe)

@@ -18,6 +18,7 @@ import numpy as np
 from postgrad.config import Recipe
 from postgrad.data.files import SUFFIXES, Problem, RawRow, read_rows
 from postgrad.errors import ConfigError, DataError, SourceError
+from postgrad.evaluate.gates import ALL
 from postgrad.evaluate.tasks import Item, Task
 from postgrad.evaluate.tasks.own import read_task
 from postgrad.evaluate.tasks.registry import find_task
@@ -79,6 +80,13 @@ def load_benchmarks(recipe: Recipe) -> list[Benchmark]:
             raise ConfigError(
                 f"evaluate.retention: {name} is the name of two tasks", "rename your own task"
             )
+    unknown = sorted(set(evaluate.gates.retention) - {*names, ALL})
+    if unknown:
+        raise ConfigError(
+            f"evaluate.gates.retention names {', '.join(unknown)}, which evaluate.retention does "
+            "not ask, so the gate could never be met",
+            f"add it to evaluate.retention, or name one of {', '.join([*names, ALL])}",
+        )
     return found
 
 
