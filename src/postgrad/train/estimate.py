@@ -38,6 +38,7 @@ def estimate_session(session: Session) -> dict[str, Any]:
         "micro_batch_tokens": train.micro_batch_tokens,
         "learning_rate": train.learning_rate,
         "threads": train.threads,
+        "attention_bucket_tokens": train.attention_bucket_tokens,
         "evaluations": evaluations,
         "validation_tokens": validation.tokens,
         "trainable_parameters": parameters,
