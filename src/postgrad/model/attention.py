@@ -28,6 +28,9 @@ NAME = "postgrad-packed"
 """What Transformers knows this attention by, followed by the limit: postgrad-packed-384."""
 BUCKET_LIMIT = 384
 """Documents up to this many tokens are bucketed where nothing was measured (attention_probe.py)."""
+WINDOW_BUCKETS = 512
+"""Under a window, documents longer than this and than two windows are not bucketed: a bucket
+computes all pairs, blocks of queries (`_blocked_window`) only those near the diagonal (LOG.md)."""
 QUERY_BLOCK = 128
 """Queries that go through the blocked window together."""
 REFUSED = (
@@ -124,6 +127,8 @@ def _realise(
         if dropout:
             raise _unsupported("the model drops out capped attention scores (attention_dropout)")
         return bucketed_attention(q, k, v, layout, layout.tokens, scale, softcap)
+    if layout.window is not None:
+        limit = min(limit, max(WINDOW_BUCKETS, 2 * layout.window))
     if dropout or q.device.type != "cpu" or min(layout.lengths) > limit:
         return per_document_attention(q, k, v, layout, scale, dropout)
     short = bucketed_attention(q, k, v, layout, limit, scale, None)

@@ -5,10 +5,8 @@ cross depends on the processor, the precision, the width of a head and the numbe
 """
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,14 +19,12 @@ CERTAIN = 128
 long there (LOG.md)."""
 PROBE_TOKENS = 1024
 """Tokens of one timed pass, in documents of equal length."""
-LONGEST = 2048
-"""Longest document that is tried: beyond, only the flash kernel's memory is acceptable."""
+LENGTHS = (256, 512, 1024)
+"""Lengths of documents that are tried, the longest of the rows in place of those beyond it."""
 KEY_HEADS = 2
 """Key heads that are timed, with their query heads: work is proportional to heads."""
-QUANTILES = (0.5, 0.9, 1.0)
-"""Rows whose lengths are tried."""
-PASSES = 3
-"""Passes at each length, the best counts; the first also warms up."""
+PASSES = 2
+"""Passes at each length, the better counts; the first also warms up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +38,12 @@ class AttentionProbe:
 
 
 def probe_attention(
-    lengths: Sequence[int], heads: int, key_heads: int, width: int, dtype: torch.dtype
+    longest: int, heads: int, key_heads: int, width: int, dtype: torch.dtype
 ) -> AttentionProbe:
-    """Time both realisations, forward and backward, on documents as long as the training rows.
+    """Time both realisations, forward and backward, on documents no longer than the training rows.
 
     Args:
-        lengths: tokens of the training rows.
+        longest: tokens of the longest training row.
         heads: query heads of a layer.
         key_heads: key heads of a layer.
         width: of a head.
@@ -55,10 +51,10 @@ def probe_attention(
     """
     kept = min(key_heads, KEY_HEADS)
     shape = (heads // key_heads * kept, kept, width)
-    measured = {}
-    for quantile in np.quantile(lengths, QUANTILES):
-        length = min(LONGEST, -(-int(quantile) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
-        if length > CERTAIN and length not in measured:
+    longest = min(LENGTHS[-1], -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+    measured: dict[int, tuple[float, float]] = {}
+    for length in (*(short for short in LENGTHS if short < 0.8 * longest), longest):
+        if length > CERTAIN:
             measured[length] = _measure(length, shape, dtype)
     return AttentionProbe(crossover(measured), measured)
 

@@ -219,7 +219,7 @@ def _with_attention(session: Session) -> Session:
         config = session.model.config.get_text_config()
         heads = config.num_attention_heads
         probe = probe_attention(
-            [len(row) for row in (*session.training, *session.validation)],
+            max(len(row) for row in (*session.training, *session.validation)),
             heads,
             getattr(config, "num_key_value_heads", None) or heads,
             getattr(config, "head_dim", None) or config.hidden_size // heads,
