@@ -13,6 +13,7 @@ from postgrad.data.dataset import load_dataset
 from postgrad.errors import TrainingError
 from postgrad.model import lora
 from postgrad.model.attention import training_attention
+from postgrad.model.attention_probe import CERTAIN, AttentionProbe
 from postgrad.progress import SilentDisplay
 from postgrad.run import create_run, verify_checksums
 from postgrad.train.checkpoint import resume
@@ -38,6 +39,7 @@ FACTS = {
     "tokens_per_batch",
     "micro_batch_tokens",
     "threads",
+    "attention_bucket_tokens",
     "precision",
     "packed",
     "restored_loss",
@@ -216,6 +218,9 @@ def test_a_session_resolves_every_auto(tiny_model_dir, tmp_path):
         train.eval_steps,
         train.eval_rows,
         train.threads,
+        train.attention_bucket_tokens,
     }
     assert len(session.stream(True)) == 6
+    assert session.attention_probe == AttentionProbe(CERTAIN, {}), "rows too short to measure"
+    assert session.attention_probe.limit == train.attention_bucket_tokens
     assert all(p.grad is None for p in session.model.parameters())

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from postgrad.model.attention import make_layout
 from postgrad.model.fused import cross_entropy
+from postgrad.model.layout import Layout
 from postgrad.types import Batch, LossSum
 
 ROW_MULTIPLE = 64
@@ -151,5 +151,5 @@ def model_inputs(batch: Batch, device: Any) -> dict[str, Any]:
         "use_cache": False,
     }
     if batch.packed:
-        inputs["layout"] = make_layout(lengths, device=device)
+        inputs["layout"] = Layout(lengths)
     return inputs
