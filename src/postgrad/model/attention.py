@@ -7,6 +7,7 @@ compute the same function and are tested against `reference`:
 - `bucketed`: documents of similar length gathered into one batched matrix product. Fastest below
   a few hundred tokens on a CPU, where flash kernels are slow in bf16, above all backward.
 - `flash`: one scaled_dot_product_attention call per document.
+- on a CUDA device: see attention_cuda.py.
 
 Registered in Transformers' `AttentionInterface`, so that any hub model uses it unchanged.
 """
@@ -20,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
+from postgrad.model.attention_cuda import packed_attention_cuda
 from postgrad.model.fused import fused_layers
 from postgrad.model.kernels import call, usable
 
@@ -83,7 +85,12 @@ class Layout:
 def make_layout(
     lengths: Sequence[int], bucket_limit: int = BUCKET_LIMIT, device: torch.device | None = None
 ) -> Layout:
-    """Group documents of similar length into buckets, longer than `bucket_limit` left out."""
+    """Group documents of similar length into buckets, longer than `bucket_limit` left out.
+
+    On a CUDA device one kernel takes all lengths, so there are none.
+    """
+    if device is not None and device.type == "cuda":
+        return Layout(tuple(lengths), (), ())
     starts = [0]
     for length in lengths:
         starts.append(starts[-1] + length)
@@ -251,6 +258,10 @@ def packed_attention(
     if layout is None:
         return _causal(query, key, value, scale, sliding_window).transpose(1, 2), None
     longest = max(layout.lengths)
+    if query.is_cuda:
+        fits = sliding_window is None or longest <= sliding_window
+        window = None if fits else sliding_window
+        return packed_attention_cuda(query, key, value, layout.lengths, scale, window), None
     if sliding_window is not None and longest > sliding_window:
         return _per_document(query, key, value, layout, scale, sliding_window), None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -311,7 +322,8 @@ def reference_attention(
 
 
 AttentionInterface.register(NAME, packed_attention)
-AttentionMaskInterface.register(NAME, lambda **_: None)
+# No mask function is registered: then Transformers makes no mask. With one, even one that returns
+# None, it first looks for packed documents in the positions, and waits for the device to do so.
 
 
 @contextmanager
