@@ -37,6 +37,7 @@ def estimate_session(session: Session) -> dict[str, Any]:
         "tokens_per_batch": train.tokens_per_batch,
         "micro_batch_tokens": train.micro_batch_tokens,
         "learning_rate": train.learning_rate,
+        "gradient_checkpointing": train.gradient_checkpointing,
         "threads": train.threads,
         "evaluations": evaluations,
         "validation_tokens": validation.tokens,

@@ -1,5 +1,6 @@
 """A recipe, its rows and its model together: what training, doctor and the dry run share."""
 
+import functools
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -13,9 +14,9 @@ from postgrad.data.batches import micro_batches
 from postgrad.data.dataset import Dataset
 from postgrad.data.lengths import keep_usable
 from postgrad.data.render import Renderer, Rendering
-from postgrad.errors import DataError
+from postgrad.errors import DataError, TrainingError
 from postgrad.machine import available_cores
-from postgrad.model import lora
+from postgrad.model import compiled, lora
 from postgrad.model.attention import training_attention
 from postgrad.model.load import Loaded, device, load
 from postgrad.train.held_out import Validation
@@ -115,8 +116,6 @@ def open_session(recipe: Recipe, dataset: Dataset) -> Session:
         lora.add_lora(loaded.model, adapt, recipe.seed)
     else:
         loaded.model.requires_grad_(True)
-    if recipe.train.gradient_checkpointing:
-        _checkpoint_activations(loaded.model)
     renderings, rows, dropped = _rows(recipe, dataset, renderer)
     full_in_bf16 = isinstance(adapt, FullConfig) and loaded.dtype == torch.bfloat16
     objective = SupervisedFineTuning(has_plain_head(loaded.model), autocast=full_in_bf16)
@@ -177,7 +176,8 @@ def _sample(rows: tuple[Tokens, ...], limit: int, seed: int) -> tuple[Tokens, ..
 def _resolved(session: Session) -> Session:
     recipe, loaded = session.recipe, session.loaded
     config = loaded.model.config.get_text_config()
-    per_token = activation_bytes_per_token(
+    per_token = functools.partial(
+        activation_bytes_per_token,
         config.hidden_size,
         getattr(config, "intermediate_size", 4 * config.hidden_size),
         config.num_hidden_layers,
@@ -194,6 +194,8 @@ def _resolved(session: Session) -> Session:
         on_gpu=device().type == "cuda",
         threads=1 if recipe.train.threads == "auto" else recipe.train.threads,
     )
+    if train.gradient_checkpointing:
+        _checkpoint_activations(loaded.model)
     session = _with(session, train)
     threads = recipe.train.threads
     if threads == "auto":
@@ -201,7 +203,17 @@ def _resolved(session: Session) -> Session:
     torch.set_num_threads(threads)
     steps = len(session.stream(packed=True))
     every = train.eval_steps if train.eval_steps != "auto" else auto_eval_steps(steps)
-    return _with(session, train.model_copy(update={"threads": threads, "eval_steps": every}))
+    compiling = train.torch_compile
+    if compiling == "auto":
+        compiling = compiled.available() and compiled.pays(predicted_seconds(session))
+    elif compiling and not compiled.available():
+        raise TrainingError(
+            "train.torch_compile is true, but there is no CUDA device with Triton here",
+            "set it to auto or false",
+        )
+    compiled.switch(compiling)
+    found = {"threads": threads, "eval_steps": every, "torch_compile": compiling}
+    return _with(session, train.model_copy(update=found))
 
 
 def _with(session: Session, train: Any) -> Session:
@@ -226,6 +238,24 @@ def fastest_threads(session: Session) -> int:
     return min(times, key=lambda threads: times[threads])
 
 
+def predicted_seconds(session: Session) -> float:
+    """Return how long all training steps take, from one real micro-batch, uncompiled.
+
+    Zero when it does not fit in memory: pre-flight will say so.
+    """
+    compiled.switch(False)
+    stream = session.stream(packed=True)
+    batch = stream.step(0)[0]
+    try:
+        with session.attention():
+            seconds = min(_seconds(session, batch) for _ in range(2))
+    except torch.OutOfMemoryError:
+        return 0.0
+    finally:
+        session.model.zero_grad(set_to_none=True)
+    return stream.tokens * seconds / batch.tokens
+
+
 def _probe_batch(session: Session) -> Batch:
     """About a thousand tokens of the first training step: enough to keep every thread busy."""
     assert isinstance(session.recipe.train.micro_batch_tokens, int)
@@ -240,6 +270,9 @@ def _probe_batch(session: Session) -> Batch:
 def _seconds(session: Session, batch: Batch) -> float:
     began = time.perf_counter()
     session.model.train()
-    session.objective(session.model, batch).total.backward()
+    total = session.objective(session.model, batch).total
+    total.backward()
+    if total.is_cuda:
+        torch.cuda.synchronize(total.device)
     session.model.eval()
     return time.perf_counter() - began

@@ -129,6 +129,8 @@ def _facts(
         "learning_rate": train.learning_rate,
         "tokens_per_batch": train.tokens_per_batch,
         "micro_batch_tokens": train.micro_batch_tokens,
+        "gradient_checkpointing": train.gradient_checkpointing,
+        "torch_compile": train.torch_compile,
         "threads": train.threads,
         "precision": str(session.loaded.dtype).removeprefix("torch."),
         "packed": packed,
