@@ -318,6 +318,10 @@ def measure(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
         for name in dict.fromkeys(case.model for case in cases)
     }
     device = next((b["device"] for b in bounds.values() if "device" in b), {"name": "unknown"})
+    on_device = device["name"] not in ("cpu", "unknown")
+    if not on_device and not options.quick:
+        reasons = [bound["failed"] for bound in bounds.values() if "failed" in bound]
+        raise SystemExit(f"no CUDA device {reasons or ''}; --quick shows on a CPU that all runs")
     can_compile = bool(device.get("can_compile"))
     checks: dict[str, Any] = {}
     if not options.no_checks:
@@ -336,7 +340,7 @@ def measure(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
         found = attempt(f"{case.model}, {case.name}: {trainer}", action)
         found |= share_of_bound(found, bounds[case.model], case.kind)
         measured.append({"model": case.model, "case": case.name, "trainer": trainer, **found})
-    if not options.no_checks:
+    if on_device and not options.no_checks:
         checks["tests on the device"] = attempt("tests", lambda: device_tests(bench))
     return {
         "device": device,

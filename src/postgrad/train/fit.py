@@ -103,13 +103,8 @@ def fit(
                 seconds=time.monotonic() - began,
             )
             figures = {"train/loss": loss, "train/grad_norm": norm, "train/learning_rate": rate}
-            run.metrics(
-                progress.step,
-                progress.tokens,
-                progress.seconds,
-                **figures,
-                **{"train/supervised_tokens": supervised},
-            )
+            figures["train/supervised_tokens"] = supervised
+            run.metrics(progress.step, progress.tokens, progress.seconds, **figures)
             for probe in probes:
                 if progress.step % probe.every == 0:
                     values = probe.measure(progress.step)
