@@ -69,3 +69,13 @@ def build_tiny_model(directory: Path, *, vocabulary: int = 384, template: str | 
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the tiny model, made once per session; never write into it."""
     return build_tiny_model(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture
+def cuda():
+    """The CUDA device, for tests marked gpu; they are skipped where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device("cuda", torch.cuda.current_device())

@@ -409,3 +409,52 @@ def test_error_rates_are_counted_with_the_methods_of_the_product(monkeypatch, tm
     assert len(studies) == 7
     printed = capsys.readouterr().out
     assert all(study in printed for study in studies)
+
+
+def test_rows_for_a_gpu_are_full_or_like_a_chat():
+    from gpu_shapes import FULL_ROW, MEAN_CHAT, make_rows
+
+    full = make_rows("full", 2, 1000)
+    assert [(len(row), row.supervised) for row in full] == [(FULL_ROW, FULL_ROW - 1)] * 2
+    chat = make_rows("chat", 2000, 1000)
+    mean = sum(len(row) for row in chat) / len(chat)
+    assert mean == pytest.approx(MEAN_CHAT, rel=0.05)
+    assert sum(row.supervised for row in chat) / sum(len(row) for row in chat) == pytest.approx(
+        0.5, abs=0.01
+    )
+
+
+def test_the_labels_that_the_peer_gets_are_ours(tmp_path):
+    from gpu_shapes import make_rows, write_tokens
+
+    rows = make_rows("chat", 3, 1000)
+    lines = write_tokens(tmp_path / "rows.jsonl", rows).read_text().splitlines()
+    for row, line in zip(rows, map(json.loads, lines), strict=True):
+        assert line["input_ids"] == row.ids.tolist()
+        assert sum(label != -100 for label in line["labels"]) == row.supervised
+
+
+def test_a_measurement_that_failed_has_no_share_and_stands_in_the_table():
+    from gpu_train_speed import share_of_bound, speed_table
+
+    products = {
+        "frozen_seconds_per_token": 3e-4,
+        "adapter_seconds_per_token": 1e-4,
+        "head_seconds_per_supervised_token": 2e-4,
+    }
+    assert share_of_bound({"failed": "out of memory"}, products, "full") == {}
+    share = share_of_bound({"tokens_per_second": 1000.0}, products, "full")
+    assert share["share_of_bound"] == pytest.approx(0.6, abs=1e-3)
+    base = {"model": "llama-3-8b", "case": "full"}
+    measured = [
+        {**base, "trainer": "postgrad", "tokens_per_second": 15000.0, **share},
+        {**base, "trainer": "TRL defaults", "failed": "out of memory"},
+        {**base, "trainer": "TRL tuned", "tokens_per_second": 5000.0},
+    ]
+    checks = {"loss curves": {"passed": False, "failed": "no time left"}}
+    text = speed_table({"measured": measured, "checks": checks, "peer": {}})
+    ours, failed, *_ = text.splitlines()[2:]
+    assert "15,000" in ours
+    assert ours.split()[-3:] == ["3.0", "16,000", "tok/s"]
+    assert "out of memory" in failed
+    assert "loss curves: FAILED: no time left" in text

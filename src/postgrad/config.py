@@ -201,8 +201,13 @@ class TrainConfig(Section):
     packing: Literal["auto", "on", "off"] = "auto"
     """Several documents in one row. auto = on when the isolation probe proves that they cannot
     see each other on this model; on = refuse to train if the probe fails."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third slower."""
+    gradient_checkpointing: bool | Auto = "auto"
+    """Recompute activations in the backward pass: less memory, about a third slower. auto = only
+    when the smallest micro-batch (the longest row) would not fit without."""
+    torch_compile: bool | Auto = "auto"
+    """Compile norms, activations, rotary embeddings and the loss for a CUDA device, with Triton.
+    auto = when the predicted training time, from one timed micro-batch, is long enough for it to
+    pay; never on a CPU, which has kernels of its own."""
     eval_steps: PositiveInt | Auto = "auto"
     """Optimizer steps between two held-out losses. auto = ten evaluations in the whole run."""
     eval_rows: PositiveInt | Auto | None = "auto"

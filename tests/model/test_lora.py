@@ -353,3 +353,13 @@ def test_a_fully_tuned_model_is_written_in_the_precision_of_its_base(tiny_model_
         assert name == other
         assert torch.equal(ours.to(torch.bfloat16), theirs)
     assert load_tokenizer(target).chat_template == tokenizer.chat_template
+
+
+@pytest.mark.gpu
+def test_a_seed_means_the_same_adapter_on_every_device(cuda, tiny_model_dir):
+    found = []
+    for device in (torch.device("cpu"), cuda):
+        model = AutoModelForCausalLM.from_pretrained(tiny_model_dir).to(device)
+        lora.add_lora(model, LoraConfig(r=4), seed=7)
+        found.append(lora.adapter_state(model))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

@@ -16,7 +16,7 @@ def resolve(lengths=(100,) * 40, *, free=10**10, on_gpu=False, per_token=10_000,
         parameters=135_000_000,
         lengths=lengths,
         free_bytes=free,
-        bytes_per_token=per_token,
+        bytes_per_token=lambda checkpointing: per_token // 10 if checkpointing else per_token,
         on_gpu=on_gpu,
         threads=2,
     )
@@ -56,6 +56,33 @@ def test_a_micro_batch_fits_in_half_the_free_memory():
     assert found.micro_batch_tokens == 700
     tight = resolve([100] * 40, free=10_000)
     assert tight.micro_batch_tokens == 100
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_activations_are_recomputed_only_when_the_longest_row_would_not_fit(on_gpu):
+    row = 900 * 10_000  # bytes of the longest row
+    lengths = [900, *[100] * 300]
+    for free, checkpointing in ((row / 0.79, False), (row / 0.81, True), (10 * row, False)):
+        found = resolve(lengths, free=int(free), on_gpu=on_gpu)
+        assert found.gradient_checkpointing is checkpointing
+    asked = resolve(lengths, free=row * 2, micro_batch_tokens=3600, on_gpu=on_gpu)
+    assert (asked.gradient_checkpointing, asked.micro_batch_tokens) == (True, 3600)
+    for choice in (True, False):
+        kept = resolve(lengths, free=row, gradient_checkpointing=choice, on_gpu=on_gpu)
+        assert kept.gradient_checkpointing is choice
+
+
+def test_what_is_not_kept_leaves_room_for_larger_micro_batches():
+    found = resolve([900] * 300, free=900 * 10_000, tokens_per_batch=100_000, on_gpu=True)
+    assert found.gradient_checkpointing
+    assert found.micro_batch_tokens == 4500
+
+
+def test_recomputing_keeps_one_vector_a_layer_and_one_layer():
+    sizes = {"hidden": 576, "intermediate": 1536, "layers": 30, "dtype_bytes": 2}
+    kept = plan.activation_bytes_per_token(**sizes)
+    recomputed = plan.activation_bytes_per_token(**sizes, checkpointing=True)
+    assert recomputed == kept // 30 + 30 * 576 * 2
 
 
 @pytest.mark.parametrize(

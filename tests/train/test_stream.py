@@ -52,6 +52,19 @@ def test_a_step_is_the_same_whenever_it_is_asked_for():
             assert np.array_equal(a.weights, b.weights)
 
 
+def test_a_step_laid_out_ahead_is_the_same_step(monkeypatch):
+    made, plain = stream(), stream()
+    for step in range(len(made)):
+        for a, b in zip(made.step(step), plain.step(step), strict=True):
+            assert a.example_ids == b.example_ids
+            assert np.array_equal(a.ids, b.ids)
+        made.prepare(step + 1)
+    assert ids_of(made.step(0)) == ids_of(plain.step(0))
+    made.prepare(3)
+    monkeypatch.setattr(made, "_lay_out", None)
+    assert ids_of(made.step(3)) == ids_of(plain.step(3))
+
+
 def test_epochs_differ_and_seeds_differ():
     both, one = stream(epochs=2.0), stream(epochs=1.0)
     assert both.plan[: len(one)] == one.plan

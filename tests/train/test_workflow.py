@@ -11,11 +11,12 @@ from transformers import GraniteConfig, GraniteForCausalLM
 
 from postgrad.data.dataset import load_dataset
 from postgrad.errors import TrainingError
-from postgrad.model import lora
+from postgrad.model import compiled, lora
 from postgrad.model.attention import training_attention
 from postgrad.model.attention_probe import CERTAIN, AttentionProbe
 from postgrad.progress import SilentDisplay
 from postgrad.run import create_run, verify_checksums
+from postgrad.train import session as session_module
 from postgrad.train.checkpoint import resume
 from postgrad.train.session import open_session
 from postgrad.train.workflow import export_model, restore_best, train_model
@@ -38,6 +39,8 @@ FACTS = {
     "learning_rate",
     "tokens_per_batch",
     "micro_batch_tokens",
+    "gradient_checkpointing",
+    "torch_compile",
     "threads",
     "attention_bucket_tokens",
     "precision",
@@ -90,6 +93,37 @@ def test_the_facts_of_a_training(trained):
     assert facts["tokens"] == session.stream(True).tokens
     assert (facts["precision"], facts["packed"], facts["learning_rate"]) == ("float32", True, 1e-2)
     json.dumps(facts)
+
+
+def test_on_a_cpu_nothing_is_compiled_for_a_device(tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled, "available", lambda: False)
+    session, _ = prepare(tiny_model_dir, tmp_path)
+    assert session.recipe.train.torch_compile is False
+    assert session.recipe.train.gradient_checkpointing is False
+    (tmp_path / "again").mkdir()
+    with pytest.raises(TrainingError, match="no CUDA device with Triton"):
+        prepare(tiny_model_dir, tmp_path / "again", torch_compile=True)
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(10.0, False), (36_000.0, True)])
+def test_a_long_training_is_compiled_and_a_short_one_is_not(
+    tiny_model_dir, tmp_path, monkeypatch, seconds, expected
+):
+    monkeypatch.setattr(compiled, "available", lambda: True)
+    monkeypatch.setattr(session_module, "predicted_seconds", lambda session: seconds)
+    try:
+        session, _ = prepare(tiny_model_dir, tmp_path)
+    finally:
+        compiled.switch(False)
+    assert session.recipe.train.torch_compile is expected
+
+
+def test_the_time_of_training_is_predicted_from_a_micro_batch(tiny_model_dir, tmp_path):
+    session, _ = prepare(tiny_model_dir, tmp_path)
+    before = weights_of(session.model)
+    assert 0 < session_module.predicted_seconds(session) < 600
+    assert all(torch.equal(before[n], w) for n, w in weights_of(session.model).items())
+    assert all(p.grad is None for p in session.model.parameters())
 
 
 def test_recomputed_activations_change_nothing(tiny_model_dir, tmp_path):

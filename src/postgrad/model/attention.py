@@ -3,6 +3,7 @@
 - bucketed (buckets.py): documents of similar length gathered into one batched matrix product.
 - flash: one scaled_dot_product_attention call per document.
 - blocked window: a long document under a sliding window, a block of queries at a time.
+- on a CUDA device: one kernel for documents of any lengths (attention_cuda.py).
 
 All compute `layout.reference_attention`, and `_realise` chooses among them. They are registered in
 Transformers' `AttentionInterface`, so that any hub model uses them unchanged; what a model asks for
@@ -20,6 +21,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from postgrad.errors import ModelError
+from postgrad.model.attention_cuda import packed_attention_cuda
 from postgrad.model.buckets import bucketed_attention
 from postgrad.model.fused import fused_layers
 from postgrad.model.layout import Layout, layout_of_positions
@@ -129,6 +131,10 @@ def _realise(
         return bucketed_attention(q, k, v, layout, layout.tokens, scale, softcap)
     if layout.window is not None:
         limit = min(limit, max(WINDOW_BUCKETS, 2 * layout.window))
+    if q.is_cuda and not dropout:
+        query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        out = packed_attention_cuda(query, key, value, layout.lengths, scale, layout.window)
+        return out[0]
     if dropout or q.device.type != "cpu" or min(layout.lengths) > limit:
         return per_document_attention(q, k, v, layout, scale, dropout)
     short = bucketed_attention(q, k, v, layout, limit, scale, None)

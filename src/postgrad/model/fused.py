@@ -1,8 +1,9 @@
 """The element-wise parts of a decoder layer, each in one pass: RMS norm, SwiGLU, rotary embedding.
 
-Every operation is an autograd function whose gradient is written out, with two realisations: the
-definition in tensor operations, which runs anywhere, and a compiled one for CPUs (kernels.c). The
-gradient keeps as little as it can: a norm its input and one number a row, an activation its inputs.
+Every operation is an autograd function whose gradient is written out, with three realisations: the
+definition in tensor operations, which runs anywhere, one for CPUs (kernels.c), and the definition
+compiled for a CUDA device (compiled.py). The gradient keeps as little as it can: a norm its input
+and one number a row, an activation its inputs.
 
 `fused_layers` puts them into any Transformers model whose layers are proved, on numbers, to compute
 exactly these functions; layers that compute something else keep their own code.
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from postgrad.model.compiled import realised
 from postgrad.model.kernels import call, usable
 
 ROWS_PER_BLOCK = 64
@@ -38,9 +40,7 @@ class _RmsNorm(torch.autograd.Function):
             y, scale = torch.empty_like(x), x.new_empty(rows, dtype=torch.float32)
             call("rms_norm", x.dtype, x, weight, y, scale, eps, rows, width)
         else:
-            wide = x.float()
-            scale = torch.rsqrt(wide.square().mean(-1) + eps).view(-1)
-            y = weight * (wide * scale.view(*x.shape[:-1], 1)).to(x.dtype)
+            y, scale = realised(norm_forward, x)(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
         return y
 
@@ -57,12 +57,26 @@ class _RmsNorm(torch.autograd.Function):
             call("rms_norm_backward", x.dtype, dy, x, weight, scale, dx, sums, rows, width,
                  ROWS_PER_BLOCK)  # fmt: skip
             return dx, sums.sum(0).to(weight.dtype) if sums is not None else None, None
-        scale = scale.view(*x.shape[:-1], 1)
-        normed, wide = x.float() * scale, dy.float()
-        g = wide * weight.float()
-        dx = scale * (g - normed * (g * normed).mean(-1, keepdim=True))
-        dw = (wide * normed).view(-1, width).sum(0).to(weight.dtype) if of_weight else None
-        return dx.to(x.dtype), dw, None
+        return *realised(norm_backward, x)(dy, x, weight, scale, of_weight), None
+
+
+def norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the normalised rows and what each was multiplied by, [rows]."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1) + eps).view(-1)
+    return weight * (wide * scale.view(*x.shape[:-1], 1)).to(x.dtype), scale
+
+
+def norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, of_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of x and, when asked for, of the weight."""
+    scale = scale.view(*x.shape[:-1], 1)
+    normed, wide = x.float() * scale, dy.float()
+    g = wide * weight.float()
+    dx = scale * (g - normed * (g * normed).mean(-1, keepdim=True))
+    dw = (wide * normed).view(-1, x.shape[-1]).sum(0).to(weight.dtype) if of_weight else None
+    return dx.to(x.dtype), dw
 
 
 class _SwiGlu(torch.autograd.Function):
@@ -72,7 +86,7 @@ class _SwiGlu(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
         if not usable(gate, up):
-            return functional.silu(gate) * up
+            return realised(swiglu_forward, gate)(gate, up)  # type: ignore[no-any-return]
         y, width = torch.empty_like(gate), gate.shape[-1]
         call("swiglu", gate.dtype, gate, up, y, gate.numel() // width, width)
         return y
@@ -86,9 +100,19 @@ class _SwiGlu(torch.autograd.Function):
             rows = gate.numel() // width
             call("swiglu_backward", gate.dtype, dy, gate, up, dgate, dup, rows, width)
             return dgate, dup
-        g, grad = gate.float(), dy.float()
-        s = torch.sigmoid(g)
-        return (grad * up * s * (1 + g * (1 - s))).to(gate.dtype), (grad * g * s).to(up.dtype)
+        return realised(swiglu_backward, gate)(dy, gate, up)  # type: ignore[no-any-return]
+
+
+def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gate) up."""
+    return functional.silu(gate) * up
+
+
+def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of gate and up."""
+    g, grad = gate.float(), dy.float()
+    s = torch.sigmoid(g)
+    return (grad * up * s * (1 + g * (1 - s))).to(gate.dtype), (grad * g * s).to(up.dtype)
 
 
 class _Rotary(torch.autograd.Function):
@@ -113,6 +137,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
         y = torch.empty_like(x)
         call("rotary", x.dtype, x, cos, sin, y, sign, *x.shape)
         return y
+    return realised(rotate, x)(x, cos, sin, sign)  # type: ignore[no-any-return]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    """Return x cos + sign rotate_half(x) sin."""
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1) * sign
     return x * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
@@ -147,6 +176,14 @@ def cross_entropy(
         call("cross_entropy", logits.dtype, logits, labels, weights, losses, int(gradient),
              *logits.shape)  # fmt: skip
         return losses, logits if gradient else None
+    found = realised(cross_entropy_definition, logits)(logits, labels, weights, gradient)
+    return found  # type: ignore[no-any-return]
+
+
+def cross_entropy_definition(
+    logits: Tensor, labels: Tensor, weights: Tensor, gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Compute what `cross_entropy` says."""
     wide = logits.float()
     log_sum = torch.logsumexp(wide, dim=-1, keepdim=True)
     losses = (log_sum - wide.gather(1, labels.unsqueeze(1))).squeeze(1)

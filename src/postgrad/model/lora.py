@@ -87,13 +87,16 @@ class LoraLinear(nn.Module):
     """A frozen linear layer with a trainable low-rank update in float32."""
 
     def __init__(self, base: nn.Linear, config: LoraConfig) -> None:
-        """Wrap `base`; A is Kaiming-uniform, B zero, so the layer starts as `base` exactly."""
+        """Wrap `base`; A is Kaiming-uniform, B zero, so the layer starts as `base` exactly.
+
+        A is drawn on the CPU: a seed means the same numbers on every device.
+        """
         super().__init__()
         self.base = base.requires_grad_(False)
         device = base.weight.device
-        self.lora_A = nn.Parameter(torch.empty(config.r, base.in_features, device=device))
+        a = torch.empty(config.r, base.in_features, device="cpu")
+        self.lora_A = nn.Parameter(nn.init.kaiming_uniform_(a, a=math.sqrt(5)).to(device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.r, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         divisor = math.sqrt(config.r) if config.use_rslora else config.r
         self.scale = config.lora_alpha / divisor
         self.dropout = config.lora_dropout

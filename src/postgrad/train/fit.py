@@ -75,6 +75,7 @@ def fit(
     """
     world, display = world or World(), display or SilentDisplay()
     progress = start or Progress()
+    parameters = list(trainable(model).values())
     began = time.monotonic() - progress.seconds
     saved = time.monotonic()
     if progress.stopping is None:
@@ -85,8 +86,12 @@ def fit(
         while progress.step < len(batches) and not _stopped(progress):
             micro = batches.step(progress.step)
             rate = schedule(progress.step)
-            loss, norm = _optimize(
-                model, objective, micro, optimizer, rate, loop.max_grad_norm, world
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            sums = _accumulate(model, objective, micro, parameters, world)
+            batches.prepare(progress.step + 1)
+            loss, norm = _update(
+                model, objective, micro, parameters, optimizer, loop.max_grad_norm, sums
             )
             tokens = sum(batch.tokens for batch in micro)
             supervised = sum(batch.supervised for batch in micro)
@@ -98,13 +103,8 @@ def fit(
                 seconds=time.monotonic() - began,
             )
             figures = {"train/loss": loss, "train/grad_norm": norm, "train/learning_rate": rate}
-            run.metrics(
-                progress.step,
-                progress.tokens,
-                progress.seconds,
-                **figures,
-                **{"train/supervised_tokens": supervised},
-            )
+            figures["train/supervised_tokens"] = supervised
+            run.metrics(progress.step, progress.tokens, progress.seconds, **figures)
             for probe in probes:
                 if progress.step % probe.every == 0:
                     values = probe.measure(progress.step)
@@ -129,20 +129,19 @@ def fit(
     return progress
 
 
-def _optimize(
+def _accumulate(
     model: Any,
     objective: Objective,
     micro: Sequence[Batch],
-    optimizer: torch.optim.Optimizer,
-    rate: float,
-    max_grad_norm: float | None,
+    parameters: Sequence[torch.nn.Parameter],
     world: World,
-) -> tuple[float, float]:
-    """Take one optimizer step; returns (loss in nats per token, gradient norm before clipping)."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    parameters = list(trainable(model).values())
-    weight = sum(batch.supervised for batch in micro)
+) -> Tensor:
+    """Sum losses and gradients of a step over micro-batches and ranks.
+
+    Returns [loss sum, gradient norm] in float64 on the model's device. Nothing is read back: a
+    device may still be busy with all of it when this returns.
+    """
+    weight = _weight(micro)
     if weight == 0:
         names = ", ".join(name for batch in micro for name in batch.example_ids[:20])
         raise TrainingError(
@@ -150,28 +149,46 @@ def _optimize(
             "give these rows an answer with a weight, or leave them out",
         )
     model.train()
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
     for batch in micro[world.rank :: world.size]:
         loss = objective(model, batch)
         (loss.total / weight).backward()
-        total += float(loss.total.detach())
+        total += loss.total.detach()
     world.sum_gradients(parameters)
-    total = world.sum(total)
-    norm = _clip([p.grad for p in parameters if p.grad is not None], max_grad_norm)
+    norm = torch.nn.utils.get_total_norm(_gradients(parameters))
+    return torch.stack([world.sum_(total), norm.to(total)])
+
+
+def _update(
+    model: Any,
+    objective: Objective,
+    micro: Sequence[Batch],
+    parameters: Sequence[torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    max_grad_norm: float | None,
+    sums: Tensor,
+) -> tuple[float, float]:
+    """Take the optimizer step; returns (loss in nats per token, gradient norm before clipping).
+
+    Reading `sums` is the only time in a step that the host waits for the device: weights must not
+    move if they are not finite.
+    """
+    total, norm = sums.tolist()
     if not (abs(total) < float("inf") and norm < float("inf")):
         raise _not_finite(model, objective, micro, total, norm)
+    if max_grad_norm is not None and max_grad_norm < norm:
+        torch._foreach_mul_(_gradients(parameters), max_grad_norm / norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return total / weight, norm
+    return total / _weight(micro), norm
 
 
-def _clip(gradients: list[Tensor], limit: float | None) -> float:
-    """Scale gradients so that their joint norm is at most `limit`; returns the norm before."""
-    norm = float(torch.nn.utils.get_total_norm(gradients))
-    if limit is not None and limit < norm < float("inf"):
-        for gradient in gradients:
-            gradient.mul_(limit / norm)
-    return norm
+def _weight(micro: Sequence[Batch]) -> float:
+    return sum(batch.supervised for batch in micro)
+
+
+def _gradients(parameters: Sequence[torch.nn.Parameter]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
 
 
 def _not_finite(

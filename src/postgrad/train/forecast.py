@@ -1,7 +1,8 @@
 """What a recipe will take, before anything is trained: rows counted, sizes read, no torch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,17 +142,18 @@ def forecast(recipe: Recipe, dataset: Dataset, directory: Path, tokenizer: Any) 
         parameters=shape.parameters,
         lengths=[len(row) for row in (*training, *validation)],
         free_bytes=card.free_bytes if card else machine.available_memory_bytes(),
-        bytes_per_token=activation_bytes_per_token(
+        bytes_per_token=partial(
+            activation_bytes_per_token,
             shape.hidden,
             shape.intermediate,
             shape.layers,
             method.compute_bytes,
-            method.checkpointing,
         ),
         on_gpu=card is not None,
         threads=1 if recipe.train.threads == "auto" else recipe.train.threads,
     )
     train = train.model_copy(update={"threads": recipe.train.threads})
+    method = replace(method, checkpointing=bool(train.gradient_checkpointing))
     return count(
         recipe.model_copy(update={"train": train}),
         training,
@@ -170,6 +172,7 @@ def row_counts(dataset: Dataset) -> dict[str, int]:
 
 
 def _method(recipe: Recipe, shape: Shape, native_bf16: bool) -> Method:
+    """Return what the recipe trains; whether activations are kept is decided later."""
     adapt, precision = recipe.model.adapt, recipe.model.precision
     narrow = precision == "bf16" or (precision == "auto" and native_bf16)
     is_lora = isinstance(adapt, LoraConfig)
@@ -179,7 +182,6 @@ def _method(recipe: Recipe, shape: Shape, native_bf16: bool) -> Method:
         else shape.parameters,
         full=not is_lora,
         compute_bytes=2 if narrow else 4,
-        checkpointing=recipe.train.gradient_checkpointing,
     )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from postgrad.data.batches import micro_batches
+from postgrad.model.transfer import on_device
 from postgrad.parallel import World
 from postgrad.train.objective import Objective
 from postgrad.train.stopping import HeldOut
@@ -29,12 +30,12 @@ class Validation:
         world = world or World()
         was_training = model.training
         model.eval()
-        sums = torch.zeros(len(self.index), dtype=torch.float64)
+        device = next(model.parameters()).device
+        sums = torch.zeros(len(self.index), dtype=torch.float64, device=device)
         with torch.no_grad():
             for batch in self.batches[world.rank :: world.size]:
-                rows = torch.tensor([self.index[name] for name in batch.example_ids])
-                sums[rows] = objective(model, batch, per_document=True).per_document.cpu()
+                rows = np.array([self.index[name] for name in batch.example_ids])
+                found = objective(model, batch, per_document=True).per_document
+                sums.index_copy_(0, on_device(rows, device), found)
         model.train(was_training)
-        if world.size > 1:
-            sums = world.sum_(sums.to(next(model.parameters()).device)).cpu()
-        return HeldOut(sums.numpy(), self.weights)
+        return HeldOut(world.sum_(sums).cpu().numpy(), self.weights)

@@ -1,6 +1,6 @@
 """Every `auto` of the train section becomes a number, written to the resolved config. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from postgrad.config import FullConfig, LoraConfig, Recipe, TrainConfig
 
@@ -11,6 +11,9 @@ CPU_MICRO_BATCH = 2048
 GPU_MICRO_BATCH = 16384
 ACTIVATION_SHARE = 0.5
 """Share of the free memory that activations may take."""
+CHECKPOINT_SHARE = 0.8
+"""Above this share the activations of the smallest micro-batch are recomputed instead of kept; the
+rest is for gradients, optimizer and logits. Pre-flight then tries it."""
 
 
 def auto_learning_rate(adapt: LoraConfig | FullConfig, parameters: int) -> float:
@@ -27,19 +30,26 @@ def resolve_train(
     parameters: int,
     lengths: Sequence[int],
     free_bytes: int,
-    bytes_per_token: int,
+    bytes_per_token: Callable[[bool], int],
     on_gpu: bool,
     threads: int,
 ) -> TrainConfig:
-    """Return `config` with every `auto` but `eval_steps` and `packing` replaced by its value."""
+    """Return `config` with the `auto` of rate, sizes and checkpointing replaced by values.
+
+    `bytes_per_token` says what is kept for the backward pass, without and with checkpointing.
+    """
     longest, mean = max(lengths), sum(lengths) / len(lengths)
     rate = config.learning_rate
     batch = config.tokens_per_batch
     micro = config.micro_batch_tokens
     if batch == "auto":
         batch = max(longest, round(ROWS_PER_BATCH * mean))
+    checkpointing = config.gradient_checkpointing
+    if checkpointing == "auto":
+        smallest = longest if micro == "auto" else max(longest, micro)
+        checkpointing = smallest * bytes_per_token(False) > free_bytes * CHECKPOINT_SHARE
     if micro == "auto":
-        fitting = int(free_bytes * ACTIVATION_SHARE / bytes_per_token)
+        fitting = int(free_bytes * ACTIVATION_SHARE / bytes_per_token(checkpointing))
         preferred = GPU_MICRO_BATCH if on_gpu else CPU_MICRO_BATCH
         micro = max(longest, min(batch, fitting, preferred))
     return config.model_copy(
@@ -47,6 +57,7 @@ def resolve_train(
             "learning_rate": auto_learning_rate(adapt, parameters) if rate == "auto" else rate,
             "tokens_per_batch": batch,
             "micro_batch_tokens": micro,
+            "gradient_checkpointing": checkpointing,
             "threads": threads,
         }
     )

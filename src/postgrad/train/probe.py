@@ -83,12 +83,13 @@ def dry_run(session: Session, dataset: Dataset) -> dict[str, Any]:
     """Return what this session takes, without training: counted, and measured on a real batch."""
     trained = sum(p.numel() for p in trainable(session.model).values())
     recipe, full = session.recipe, session.recipe.model.adapt.kind == "full"
+    recompute = bool(recipe.train.gradient_checkpointing)
     work = count(
         recipe,
         session.training,
         amount_of((len(row), int((row.weights > 0).sum())) for row in session.validation),
         read_shape(session.model.config.to_dict()),
-        Method(trained, full, session.loaded.dtype.itemsize, recipe.train.gradient_checkpointing),
+        Method(trained, full, session.loaded.dtype.itemsize, recompute),
         parameters=session.loaded.parameters - (0 if full else trained),
         rows=row_counts(dataset),
         on_gpu=device().type == "cuda",

@@ -1,5 +1,6 @@
 """A recipe, its rows and its model together: what training, doctor and the dry run share."""
 
+import functools
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -13,10 +14,10 @@ from postgrad.data.batches import micro_batches
 from postgrad.data.dataset import Dataset
 from postgrad.data.lengths import keep_usable
 from postgrad.data.render import Renderer, Rendering
-from postgrad.errors import DataError
+from postgrad.errors import DataError, TrainingError
 from postgrad.estimate import activation_bytes_per_token
 from postgrad.machine import available_cores
-from postgrad.model import lora
+from postgrad.model import compiled, lora
 from postgrad.model.attention import training_attention
 from postgrad.model.attention_probe import AttentionProbe, probe_attention
 from postgrad.model.load import Loaded, device, load
@@ -121,8 +122,6 @@ def open_session(recipe: Recipe, dataset: Dataset, loaded: Loaded | None = None)
         lora.add_lora(loaded.model, adapt, recipe.seed)
     else:
         loaded.model.requires_grad_(True)
-    if recipe.train.gradient_checkpointing:
-        _checkpoint_activations(loaded.model)
     renderings, rows, dropped = _rows(recipe, dataset, renderer)
     full_in_bf16 = isinstance(adapt, FullConfig) and loaded.dtype == torch.bfloat16
     objective = SupervisedFineTuning(has_plain_head(loaded.model), autocast=full_in_bf16)
@@ -176,12 +175,12 @@ def _sample(rows: tuple[Tokens, ...], limit: int, seed: int) -> tuple[Tokens, ..
 def _resolved(session: Session) -> Session:
     recipe, loaded = session.recipe, session.loaded
     config = loaded.model.config.get_text_config()
-    per_token = activation_bytes_per_token(
+    per_token = functools.partial(
+        activation_bytes_per_token,
         config.hidden_size,
         getattr(config, "intermediate_size", 4 * config.hidden_size),
         config.num_hidden_layers,
         loaded.dtype.itemsize,
-        recipe.train.gradient_checkpointing,
     )
     lengths = [len(row) for row in (*session.training, *session.validation)]
     train = resolve_train(
@@ -194,16 +193,32 @@ def _resolved(session: Session) -> Session:
         on_gpu=device().type == "cuda",
         threads=1 if recipe.train.threads == "auto" else recipe.train.threads,
     )
+    if train.gradient_checkpointing:
+        _checkpoint_activations(loaded.model)
     session = _with(session, train)
     threads = recipe.train.threads
     if threads == "auto":
         threads = 1 if device().type == "cuda" else fastest_threads(session)
     torch.set_num_threads(threads)
     session = _with_attention(_with(session, train.model_copy(update={"threads": threads})))
-    if train.eval_steps != "auto":
-        return session
-    every = auto_eval_steps(len(session.stream(packed=True)))
-    return _with(session, session.recipe.train.model_copy(update={"eval_steps": every}))
+    steps = len(session.stream(packed=True))
+    every = train.eval_steps if train.eval_steps != "auto" else auto_eval_steps(steps)
+    found = {"eval_steps": every, "torch_compile": _compiling(session)}
+    return _with(session, session.recipe.train.model_copy(update=found))
+
+
+def _compiling(session: Session) -> bool:
+    """Decide whether element-wise definitions are compiled, and switch that on or off."""
+    wanted = session.recipe.train.torch_compile
+    if wanted == "auto":
+        wanted = compiled.available() and compiled.pays(predicted_seconds(session))
+    elif wanted and not compiled.available():
+        raise TrainingError(
+            "train.torch_compile is true, but there is no CUDA device with Triton here",
+            "set it to auto or false",
+        )
+    compiled.switch(wanted)
+    return wanted
 
 
 def _with_attention(session: Session) -> Session:
@@ -248,6 +263,24 @@ def fastest_threads(session: Session) -> int:
     return min(times, key=lambda threads: times[threads])
 
 
+def predicted_seconds(session: Session) -> float:
+    """Return how long all training steps take, from one real micro-batch, uncompiled.
+
+    Zero when it does not fit in memory: pre-flight will say so.
+    """
+    compiled.switch(False)
+    stream = session.stream(packed=True)
+    batch = stream.step(0)[0]
+    try:
+        with session.attention():
+            seconds = min(_seconds(session, batch) for _ in range(2))
+    except torch.OutOfMemoryError:
+        return 0.0
+    finally:
+        session.model.zero_grad(set_to_none=True)
+    return stream.tokens * seconds / batch.tokens
+
+
 def _probe_batch(session: Session) -> Batch:
     """About a thousand tokens of the first training step: enough to keep every thread busy."""
     assert isinstance(session.recipe.train.micro_batch_tokens, int)
@@ -262,6 +295,9 @@ def _probe_batch(session: Session) -> Batch:
 def _seconds(session: Session, batch: Batch) -> float:
     began = time.perf_counter()
     session.model.train()
-    session.objective(session.model, batch).total.backward()
+    total = session.objective(session.model, batch).total
+    total.backward()
+    if total.is_cuda:
+        torch.cuda.synchronize(total.device)
     session.model.eval()
     return time.perf_counter() - began

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from postgrad.model.fused import cross_entropy
 from postgrad.model.layout import Layout
+from postgrad.model.transfer import on_device
 from postgrad.types import Batch, LossSum
 
 ROW_MULTIPLE = 64
@@ -81,7 +82,7 @@ class SupervisedFineTuning:
         rows, columns = np.nonzero(batch.weights)
         spare = (0, -len(rows) % POSITION_MULTIPLE)
         flat, labels, weights = (
-            torch.from_numpy(np.pad(values, spare)).to(device)
+            on_device(np.pad(values, spare), device)
             for values in (
                 rows * _row_length(batch) + columns,
                 batch.labels[rows, columns],
@@ -92,7 +93,7 @@ class SupervisedFineTuning:
             total, losses = self._losses(model, batch, flat, labels, weights, device)
         sums = None
         if per_document:
-            document = torch.from_numpy(batch.documents[rows, columns]).to(device)
+            document = on_device(batch.documents[rows, columns], device)
             sums = torch.zeros(len(batch.example_ids), dtype=torch.float64, device=device)
             sums.index_add_(0, document, (losses * weights)[: len(rows)].double())
         return LossSum(total, batch.supervised, sums)
@@ -146,8 +147,8 @@ def model_inputs(batch: Batch, device: Any) -> dict[str, Any]:
         positions = np.concatenate([positions, np.arange(spare)[None]], axis=1)
         lengths = (*lengths, spare)
     inputs: dict[str, Any] = {
-        "input_ids": torch.from_numpy(ids).to(device),
-        "position_ids": torch.from_numpy(positions).to(device),
+        "input_ids": on_device(ids, device),
+        "position_ids": on_device(positions, device),
         "use_cache": False,
     }
     if batch.packed:

@@ -31,6 +31,7 @@ class Stream:
             steps = plan_epoch(lengths, tokens_per_batch, seed, epoch)
             plan += steps if epoch < whole else steps[: max(1, round(rest * len(steps)))]
         self.plan = plan[:max_steps]
+        self._ahead: tuple[int, list[Batch]] | None = None
 
     def __len__(self) -> int:
         """Return the number of optimizer steps."""
@@ -38,6 +39,15 @@ class Stream:
 
     def step(self, number: int) -> list[Batch]:
         """Return the micro-batches of optimizer step `number`, from 0."""
+        if self._ahead is not None and self._ahead[0] == number:
+            return self._ahead[1]
+        return self._lay_out(number)
+
+    def prepare(self, number: int) -> None:
+        """Lay step `number` out before it is asked for, while a device is busy with another."""
+        self._ahead = (number, self._lay_out(number)) if number < len(self) else None
+
+    def _lay_out(self, number: int) -> list[Batch]:
         rows = [self.rows[index] for index in self.plan[number]]
         return micro_batches(rows, self.micro_batch_tokens, self.packed)
 

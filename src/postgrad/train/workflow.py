@@ -132,6 +132,8 @@ def _facts(
         "learning_rate": train.learning_rate,
         "tokens_per_batch": train.tokens_per_batch,
         "micro_batch_tokens": train.micro_batch_tokens,
+        "gradient_checkpointing": train.gradient_checkpointing,
+        "torch_compile": train.torch_compile,
         "threads": train.threads,
         "attention_bucket_tokens": train.attention_bucket_tokens,
         "precision": str(session.loaded.dtype).removeprefix("torch."),

@@ -1,0 +1,446 @@
+"""Training on one GPU: is it right, how fast is it, how fast is TRL, what would the GPU allow?
+
+Usage: python benchmarks/gpu_train_speed.py [--peer-python PYTHON | --no-peer]. One command for a
+machine with one CUDA device; README.md beside this file says what is measured. Checks first, then
+speed; prints a table last, writes JSON, and ends with 1 if a check failed. What no time is left
+for is left out and named.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import rows
+from gpu_shapes import FULL_ROW, make_rows, write_shape, write_tokens
+from harness import (
+    HERE,
+    RESULTS,
+    circumstances,
+    contender_environment,
+    frozen,
+    peer_python,
+    read_lines,
+    say,
+    table,
+    write_result,
+)
+
+from postgrad.model.load import model_directory
+
+RECIPE = HERE / "train_speed.yaml"
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+CURVE_STEPS = 20
+CURVE_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
+"""Mean difference of the losses of two curves that rounding explains, as a share of the mean loss.
+The reference is the CPU's float32 curve."""
+GOALS = {"llama-3-8b": "16,000 tok/s", "smollm2-360m": "3 x TRL", "smollm2-135m": "3 x TRL"}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One thing to train, the same for everyone."""
+
+    model: str
+    kind: str
+    """Which rows: `full` or `chat` (see gpu_shapes.make_rows)."""
+    tokens_per_batch: int
+    micro_batch_tokens: int
+    peer_rows: int
+    """Rows of a step of TRL with about as many tokens."""
+    steps: int
+    warmup_steps: int
+
+    @property
+    def name(self) -> str:
+        """Return what the table calls it."""
+        return f"{self.kind}, {self.tokens_per_batch} a step"
+
+
+CASES = (
+    Case("llama-3-8b", "full", 4 * FULL_ROW, FULL_ROW, 1, 12, 4),
+    Case("smollm2-135m", "chat", 2720, 2720, 16, 80, 20),
+    Case("smollm2-135m", "chat", 16384, 16384, 96, 40, 10),
+    Case("smollm2-360m", "chat", 2720, 2720, 16, 80, 20),
+    Case("smollm2-360m", "chat", 16384, 16384, 96, 40, 10),
+)
+QUICK_CASES = (Case("tiny", "chat", 1024, 1024, 6, 4, 2),)
+
+
+class Failed(RuntimeError):
+    """A program ended with an error or took too long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What all measurements share."""
+
+    folder: Path
+    ends: float
+    """When the time is up, on the monotonic clock."""
+    counter: Iterator[int]
+
+    def run(self, command: Sequence[str | Path], **environment: str) -> str:
+        """Run a program to its end; returns what it printed.
+
+        Raises:
+            Failed: with its last words.
+        """
+        left = self.ends - time.monotonic()
+        if left < 5:
+            raise Failed("no time left")
+        log = self.folder / f"{next(self.counter):03d}.log"
+        try:
+            ended = subprocess.run(
+                [str(part) for part in command],
+                env={**contender_environment(), **environment},
+                capture_output=True,
+                text=True,
+                timeout=left,
+            )
+        except subprocess.TimeoutExpired:
+            raise Failed("the time was up before it ended") from None
+        log.write_text(f"{command}\n{ended.stdout}\n{ended.stderr}", encoding="utf-8")
+        if ended.returncode:
+            words = [line for line in ended.stderr.splitlines() if line.strip()]
+            raise Failed(words[-1] if words else f"exit code {ended.returncode}")
+        return ended.stdout
+
+    def work(self, **spec: Any) -> dict[str, Any]:
+        """Have gpu_worker.py do a job."""
+        path = self.folder / f"{next(self.counter):03d}.json"
+        path.write_text(json.dumps(spec), encoding="utf-8")
+        command = [sys.executable, HERE / "gpu_worker.py", path]
+        printed = self.run(command, PYTHONPATH=_python_path())
+        found: dict[str, Any] = json.loads(printed.splitlines()[-1])
+        return found
+
+    def shape(self, name: str) -> Path:
+        """Return a directory with a model's config.json and a tokenizer."""
+        directory = self.folder / name
+        return directory if directory.exists() else write_shape(directory, name)
+
+
+def attempt(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Measure, or say why not."""
+    began = time.monotonic()
+    try:
+        found = measure()
+    except Failed as error:
+        found = {"failed": str(error)}
+    found["took_seconds"] = round(time.monotonic() - began, 1)
+    say(f"{name}: {found.get('failed') or summary_of(found)} ({found['took_seconds']} s)")
+    return found
+
+
+def summary_of(found: dict[str, Any]) -> str:
+    """Return the one figure that is worth a line while it runs."""
+    if "tokens_per_second" in found:
+        return f"{found['tokens_per_second']:.0f} tokens/s"
+    return "passed" if found.get("passed") else str(found.get("detail", "done"))
+
+
+def device_tests(bench: Bench) -> dict[str, Any]:
+    """Run the tests that need a device: attention, compiled definitions, synchronisations."""
+    tests = HERE.parent / "tests"
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", tests / "model", tests / "train"]
+    printed = bench.run([*command, "-p", "no:cacheprovider"], PYTHONPATH=_python_path())
+    last = printed.strip().splitlines()[-1]
+    passed = re.search(r"(\d+) passed", last)
+    return {"passed": passed is not None, "detail": last}
+
+
+def loss_curves(bench: Bench, model: Path, can_compile: bool) -> dict[str, Any]:
+    """Train on the CPU and on the device with the same recipe; compare losses and isolation."""
+    data = rows.write_rows(bench.folder / "rows.jsonl", "chat", 400, 7)
+    wanted = {
+        "cpu fp32": ("fp32", "false", {"CUDA_VISIBLE_DEVICES": ""}),
+        "device fp32": ("fp32", "false", {}),
+        "device bf16": ("bf16", "true" if can_compile else "false", {}),
+    }
+    curves: dict[str, list[float]] = {}
+    isolated: dict[str, str] = {}
+    for name, (precision, compiling, environment) in wanted.items():
+        run = bench.folder / f"curve-{name.replace(' ', '-')}"
+        settings = [
+            f"data.train={data}", f"model.base={model}", f"model.precision={precision}",
+            f"train.max_steps={CURVE_STEPS}", "train.learning_rate=1e-3", "train.eval_rows=4",
+            "train.tokens_per_batch=4096", "train.micro_batch_tokens=4096", "data.max_length=4096",
+            "train.waive=[held-out-size]",
+            f"train.torch_compile={compiling}", "train.packing=on",
+        ]  # fmt: skip
+        bench.run(
+            [sys.executable, "-m", "postgrad", "train", RECIPE, "--out", run, *settings],
+            PYTHONPATH=_python_path(),
+            **environment,
+        )
+        lines = read_lines(run / "metrics.jsonl")
+        curves[name] = [line["train/loss"] for line in lines if "train/loss" in line]
+        checks = json.loads((run / "preflight.json").read_text(encoding="utf-8"))["checks"]
+        found = next(check for check in checks if check["name"] == "packing-isolation")
+        isolated[name] = found["detail"]
+    reference = curves["cpu fp32"]
+    distances = {
+        name: distance(curve, reference) for name, curve in curves.items() if name != "cpu fp32"
+    }
+    passed = len(reference) == CURVE_STEPS and all(
+        relative <= CURVE_TOLERANCE[name.split()[1]] for name, relative in distances.items()
+    )
+    return {
+        "passed": passed,
+        "detail": ", ".join(f"{name} {100 * x:.3f} % off" for name, x in distances.items()),
+        "tolerance": CURVE_TOLERANCE,
+        "curves": curves,
+        "distances": distances,
+        "isolation": isolated,
+    }
+
+
+def distance(curve: Sequence[float], reference: Sequence[float]) -> float:
+    """Return the mean difference as a share of the mean of `reference`.
+
+    >>> distance([2.0, 1.0], [2.0, 2.0])
+    0.25
+    """
+    differences = [abs(a - b) for a, b in zip(curve, reference, strict=True)]
+    return sum(differences) / sum(reference)
+
+
+def ours(bench: Bench, case: Case, compiling: bool) -> dict[str, Any]:
+    """Measure postgrad's own loop."""
+    return bench.work(
+        job="train",
+        model=str(bench.shape(case.model)),
+        kind=case.kind,
+        rows=64 if case.kind == "full" else 4000,
+        tokens_per_batch=case.tokens_per_batch,
+        micro_batch_tokens=case.micro_batch_tokens,
+        steps=case.steps,
+        warmup_steps=case.warmup_steps,
+        compile=compiling,
+        run=str(bench.folder / f"run-{next(bench.counter)}"),
+    )
+
+
+def peer_settings(case: Case) -> dict[str, dict[str, Any]]:
+    """Return how TRL is run: as it comes, and as it is fastest with the same tokens a step."""
+    best = {
+        "gradient_checkpointing": False,
+        "bf16": True,
+        "per_device_train_batch_size": case.peer_rows,
+    }
+    if case.kind == "chat":
+        best["train_sampling_strategy"] = "group_by_length"
+    longest = {"max_length": FULL_ROW, "max_steps": case.steps}
+    return {
+        "TRL defaults": {"dtype": "float32", "sft": longest},
+        "TRL tuned": {"dtype": "bfloat16", "sft": {**longest, **best}},
+    }
+
+
+def peer(bench: Bench, python: Path, case: Case, setting: dict[str, Any]) -> dict[str, Any]:
+    """Measure TRL's SFTTrainer on the same rows."""
+    directory = bench.shape(case.model)
+    size = json.loads((directory / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    count = 64 if case.kind == "full" else 4000
+    place = bench.folder / f"peer-{next(bench.counter)}"
+    spec = {
+        **setting,
+        "model": str(directory),
+        "rows": str(write_tokens(place.with_suffix(".rows"), make_rows(case.kind, count, size))),
+        "metrics": str(place.with_suffix(".jsonl")),
+        "output": str(place),
+        "lora": LORA,
+    }
+    path = place.with_suffix(".json")
+    path.write_text(json.dumps(spec), encoding="utf-8")
+    bench.run([python, HERE / "peers" / "trl_random.py", path])
+    lines = read_lines(Path(spec["metrics"]))
+    steps = [line for line in lines if "step" in line]
+    first, last = steps[case.warmup_steps - 1], steps[-1]
+    return {
+        "tokens_per_second": (last["tokens"] - first["tokens"])
+        / (last["seconds"] - first["seconds"]),
+        "tokens_per_step": last["tokens"] / len(steps),
+        "peak_device_bytes": last.get("peak_device_bytes"),
+        "facts": next(line for line in lines if "step" not in line),
+    }
+
+
+def find_peer(options: argparse.Namespace) -> tuple[Path | None, str]:
+    """Return the Python with TRL, or why there is none."""
+    if options.no_peer:
+        return None, "left out (--no-peer)"
+    os.environ.update(PIP_RETRIES="0", PIP_DEFAULT_TIMEOUT="10")
+    try:
+        python = options.peer_python or peer_python(HERE / "peers" / "trl-requirements.txt")
+        subprocess.run(
+            [python, "-c", "import trl, peft, datasets"], check=True, capture_output=True
+        )
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        return None, f"TRL cannot be installed or imported: {str(error).splitlines()[0]}"
+    return python, ""
+
+
+def bound(bench: Bench, model: str) -> dict[str, Any]:
+    """Measure the matrix products of a model's own shapes."""
+    return bench.work(job="bound", model=str(bench.shape(model)))
+
+
+def share_of_bound(found: dict[str, Any], products: dict[str, Any], kind: str) -> dict[str, float]:
+    """Return what the matrix products alone would allow, and the share of it that was reached."""
+    if "failed" in found or "failed" in products:
+        return {}
+    sample = make_rows(kind, 200, 512)
+    supervised = sum(row.supervised for row in sample) / sum(len(row) for row in sample)
+    seconds = (
+        products["frozen_seconds_per_token"]
+        + products["adapter_seconds_per_token"]
+        + supervised * products["head_seconds_per_supervised_token"]
+    )
+    share = found["tokens_per_second"] * seconds
+    return {"bound_tokens_per_second": 1 / seconds, "share_of_bound": share}
+
+
+def measure(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
+    """Make the checks and the measurements, the most important first."""
+    cases = QUICK_CASES if options.quick else CASES
+    bounds = {
+        name: attempt(f"bound of {name}", lambda name=name: bound(bench, name))
+        for name in dict.fromkeys(case.model for case in cases)
+    }
+    device = next((b["device"] for b in bounds.values() if "device" in b), {"name": "unknown"})
+    on_device = device["name"] not in ("cpu", "unknown")
+    if not on_device and not options.quick:
+        reasons = [bound["failed"] for bound in bounds.values() if "failed" in bound]
+        raise SystemExit(f"no CUDA device {reasons or ''}; --quick shows on a CPU that all runs")
+    can_compile = bool(device.get("can_compile"))
+    checks: dict[str, Any] = {}
+    if not options.no_checks:
+        checks["loss curves"] = curves_check(bench, options, can_compile)
+    python, reason = find_peer(options)
+    work: list[tuple[Case, str, Callable[[], dict[str, Any]]]] = [
+        (case, "postgrad", lambda case=case: ours(bench, case, can_compile)) for case in cases
+    ]
+    for case in cases if python else ():
+        for name, setting in peer_settings(case).items():
+            work.append((case, name, lambda c=case, s=setting: peer(bench, python, c, s)))
+    for case in cases if can_compile else ():
+        work.append((case, "postgrad, uncompiled", lambda case=case: ours(bench, case, False)))
+    measured = []
+    for case, trainer, action in work:
+        found = attempt(f"{case.model}, {case.name}: {trainer}", action)
+        found |= share_of_bound(found, bounds[case.model], case.kind)
+        measured.append({"model": case.model, "case": case.name, "trainer": trainer, **found})
+    if on_device and not options.no_checks:
+        checks["tests on the device"] = attempt("tests", lambda: device_tests(bench))
+    return {
+        "device": device,
+        "checks": checks,
+        "bounds": bounds,
+        "measured": measured,
+        "peer": frozen(python) if python else reason,
+    }
+
+
+def curves_check(bench: Bench, options: argparse.Namespace, can_compile: bool) -> dict[str, Any]:
+    """Compare loss curves on the real model, or on random weights where none was given."""
+    if options.model:
+        model, name = model_directory(options.model), options.model
+    else:
+        model = bench.shape("tiny" if options.quick else "smollm2-135m")
+        name = f"{model.name}, random weights"
+        attempt("random weights", lambda: bench.work(job="save", model=str(model)))
+    return {
+        "model": name,
+        **attempt("loss curves", lambda: loss_curves(bench, model, can_compile)),
+    }
+
+
+def speed_table(document: dict[str, Any]) -> str:
+    """Return the short table that people read."""
+    lines = [["model", "tokens", "trainer", "tok/s", "peak GB", "of bound", "x TRL tuned", "goal"]]
+    measured = document["measured"]
+    for row in measured:
+        key = (row["model"], row["case"])
+        tuned = [
+            other.get("tokens_per_second")
+            for other in measured
+            if (other["model"], other["case"], other["trainer"]) == (*key, "TRL tuned")
+        ]
+        rate, peak = row.get("tokens_per_second"), row.get("peak_device_bytes")
+        share = row.get("share_of_bound")
+        lines.append(
+            [
+                *(*key, row["trainer"]),
+                f"{rate:,.0f}" if rate else f"- {row['failed'][:40]}",
+                f"{peak / 1e9:.1f}" if peak else "",
+                f"{100 * share:.0f} %" if share else "",
+                f"{rate / tuned[0]:.1f}" if rate and tuned and tuned[0] else "",
+                GOALS.get(row["model"], "") if row["trainer"] == "postgrad" else "",
+            ]
+        )
+    verdicts = [
+        f"{name}: {'passed' if check.get('passed') else 'FAILED'}: "
+        f"{check.get('failed') or check['detail']}"
+        for name, check in document["checks"].items()
+    ]
+    if isinstance(document["peer"], str):
+        verdicts.append(f"TRL: {document['peer']}")
+    return "\n".join([table(lines), "", *verdicts])
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a tiny model: proves that it runs")
+    parser.add_argument("--model", help="real model for the loss curves; default: random weights")
+    parser.add_argument("--peer-python", type=Path, help="a Python that has TRL")
+    parser.add_argument("--no-peer", action="store_true", help="without TRL")
+    parser.add_argument("--no-checks", action="store_true", help="speed only")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for everything")
+    parser.add_argument("--out", type=Path, help="the JSON; default: benchmarks/results/...")
+    parser.add_argument("--keep", type=Path, help="working folder with all logs, kept")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Check, measure, write, print."""
+    options = arguments()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="postgrad-gpu-") as temporary:
+        folder = options.keep or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        bench = Bench(folder, began + 60 * options.minutes, iter(range(1, sys.maxsize)))
+        found = measure(bench, options)
+    document = {
+        "benchmark": "gpu-train-speed",
+        **circumstances(),
+        **found,
+        "lora": LORA,
+        "quick": options.quick,
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    slug = re.sub(r"[^a-z0-9]+", "-", document["device"]["name"].lower()).strip("-")
+    out = options.out or RESULTS / f"{document['date']}-{slug}-gpu-train-speed.json"
+    say(f"written: {write_result(document, 'gpu-train-speed', out)}")
+    print(speed_table(document))
+    if not all(check.get("passed") for check in document["checks"].values()):
+        raise SystemExit(1)
+
+
+def _python_path() -> str:
+    source = str(HERE.parent / "src")
+    return os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+if __name__ == "__main__":
+    main()

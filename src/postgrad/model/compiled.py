@@ -1,0 +1,53 @@
+"""torch.compile for the definitions of fused.py: on a CUDA device each becomes one kernel.
+
+Compiling takes a while, so a run must be long enough for it to pay; `pays` is the rule. Triton must
+be installed (plain torch for CUDA on Linux brings it).
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COMPILE_SECONDS = 60.0
+"""What compiling all definitions may take, forward and backward, with and without gradients."""
+SAVED_SHARE = 0.15
+"""Share of the training time that compiled definitions save, at the least. Counted, not measured:
+the operations of a norm, an activation and a rotary embedding move 3 to 10 times the bytes of their
+inputs and results when each is a kernel of its own; benchmarks/gpu_train_speed.py measures both."""
+
+_switched_on = False
+
+
+def available() -> bool:
+    """Whether this machine can compile for its CUDA device."""
+    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+
+
+def pays(seconds: float) -> bool:
+    """Whether a training that takes so long uncompiled saves more than compiling costs.
+
+    >>> pays(300), pays(3600)
+    (False, True)
+    """
+    return SAVED_SHARE * seconds > COMPILE_SECONDS
+
+
+def switch(on: bool) -> None:
+    """Compile definitions from now on, or no longer; for the process, as torch sets threads."""
+    global _switched_on
+    _switched_on = on
+
+
+def realised(definition: Callable[..., Any], like: Tensor) -> Callable[..., Any]:
+    """Return the compiled definition for a tensor on a CUDA device, if switched on."""
+    return compiled(definition) if _switched_on and like.is_cuda else definition
+
+
+@functools.cache
+def compiled(definition: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile one definition for any number of rows."""
+    return torch.compile(definition, dynamic=True)
