@@ -23,11 +23,12 @@ def main(job_path: str, out_path: str) -> None:
     found: dict[str, Any] = {}
     for group in job["groups"]:
         benchmark = load_benchmark(group["task"], Path(group["folder"]), None, 7)
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         rows = score_continuations(model, tokenizer, benchmark)
-        seconds = time.perf_counter() - began
+        seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
         found[group["task"]] = {
             "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
             "items": [
                 {
                     "logprobs": row.logprobs,

@@ -33,9 +33,23 @@ def serve_rows(tasks: list[dict[str, Any]]) -> None:
     datasets.load_dataset = load_dataset
 
 
-def evaluate(model: Any, names: list[str], limit: int | None) -> tuple[float, dict[str, Any]]:
-    """Return (seconds, {task: samples}) of a zero-shot run."""
-    began = time.perf_counter()
+class Timed(HFLM):
+    """The harness's model, with a clock around its likelihoods: no set-up, no aggregation."""
+
+    seconds = cpu_seconds = 0.0
+
+    def loglikelihood(self, *arguments: Any, **options: Any) -> Any:
+        """Encode and compute as the harness does."""
+        began, cpu = time.perf_counter(), time.process_time()
+        found = super().loglikelihood(*arguments, **options)
+        self.seconds += time.perf_counter() - began
+        self.cpu_seconds += time.process_time() - cpu
+        return found
+
+
+def evaluate(model: Timed, manager: TaskManager, names: list[str], limit: int | None) -> Any:
+    """Return {task: samples} of a zero-shot run; its time is added to the model's."""
+    model.seconds = model.cpu_seconds = 0.0
     result = lm_eval.simple_evaluate(
         model=model,
         tasks=names,
@@ -43,9 +57,9 @@ def evaluate(model: Any, names: list[str], limit: int | None) -> tuple[float, di
         limit=limit,
         log_samples=True,
         bootstrap_iters=0,
-        task_manager=TaskManager(),
+        task_manager=manager,
     )
-    return time.perf_counter() - began, result["samples"]
+    return result["samples"]
 
 
 def entry(sample: dict[str, Any]) -> dict[str, Any]:
@@ -62,20 +76,26 @@ def main(job_path: str, out_path: str) -> None:
     job = json.loads(Path(job_path).read_text(encoding="utf-8"))
     torch.set_num_threads(job["threads"])
     serve_rows(job["tasks"])
-    model = HFLM(pretrained=job["model"], dtype=job["dtype"], device="cpu", batch_size=1)
+    manager = TaskManager()
+    model = Timed(pretrained=job["model"], dtype=job["dtype"], device="cpu", batch_size=1)
     names = [task["name"] for task in job["tasks"]]
     searched = {}
     for size in job["batch_sizes"] if len(job["batch_sizes"]) > 1 else ():
         model.batch_size_per_gpu = size
-        searched[size], _ = evaluate(model, names, job["search_items"])
+        evaluate(model, manager, names, job["search_items"])
+        searched[size] = model.seconds
     best = min(searched, key=searched.get) if searched else job["batch_sizes"][0]
     model.batch_size_per_gpu = best
     found = {}
     for group in job["groups"]:
-        seconds, samples = evaluate(model, group["names"], None)
+        samples = evaluate(model, manager, group["names"], None)
         ordered = {n: sorted(s, key=lambda x: x["doc_id"]) for n, s in samples.items()}
         items = [entry(sample) for name in group["names"] for sample in ordered[name]]
-        found[group["task"]] = {"seconds": seconds, "items": items}
+        found[group["task"]] = {
+            "seconds": model.seconds,
+            "cpu_seconds": model.cpu_seconds,
+            "items": items,
+        }
     result = {
         "tasks": found,
         "batch_size": best,
