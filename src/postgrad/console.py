@@ -82,9 +82,9 @@ def comparisons_text(
     comparisons: Sequence[Mapping[str, Any]], labels: Mapping[str, str] = MappingProxyType({})
 ) -> str:
     """Return a line for each paired comparison."""
-    named = {c["task"]: f"{c['task']}: " for c in comparisons if c["task"] in labels}
+    named = {task: f"{task}: " for task in labels}
     return "\n".join(
-        f"{named.get(c['task'], '')}{c['b']} against {c['a']}: {c['verdict']}, "
+        f"{named.get(c.get('task'), '')}{c['b']} against {c['a']}: {c['verdict']}, "
         f"{100 * c['difference']:+.1f} points "
         f"[{100 * c['low']:+.1f}, {100 * c['high']:+.1f}], {_p_value(c['p'])}, n = {c['n']:,}; "
         f"this n would have seen {100 * c['detectable']:.1f} points"
