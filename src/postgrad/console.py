@@ -84,7 +84,7 @@ def comparisons_text(
     """Return a line for each paired comparison."""
     named = {task: f"{task}: " for task in labels}
     return "\n".join(
-        f"{named.get(c.get('task'), '')}{c['b']} against {c['a']}: {c['verdict']}, "
+        f"{named.get(c.get('task', ''), '')}{c['b']} against {c['a']}: {c['verdict']}, "
         f"{100 * c['difference']:+.1f} points "
         f"[{100 * c['low']:+.1f}, {100 * c['high']:+.1f}], {_p_value(c['p'])}, n = {c['n']:,}; "
         f"this n would have seen {100 * c['detectable']:.1f} points"
