@@ -24,10 +24,12 @@ def demo_recipe(minutes: float = FULL_MINUTES) -> Recipe:
     full = load_recipe(Path(__file__).with_name("recipe.yaml"))
     assert full.data.limit is not None
     assert full.evaluate.limit is not None
+    assert full.evaluate.retention_limit is not None
     overrides = [f"data.train={os.fspath(licence_rows_file())}"]
     if share != 1:
         overrides += [
             f"data.limit={max(300, round(full.data.limit * share))}",
             f"evaluate.limit={max(100, min(1000, round(full.evaluate.limit * share)))}",
+            f"evaluate.retention_limit={max(30, round(full.evaluate.retention_limit * share))}",
         ]
     return load_recipe(Path(__file__).with_name("recipe.yaml"), overrides)

@@ -26,6 +26,8 @@ from postgrad.run import Run
 from postgrad.types import Comparison, Completion, Evidence, Measurement, Message, Score
 
 BASE = "base"
+Render = Callable[[Sequence[Message]], str]
+"""Messages -> text under the chat template, with the opening of the answer."""
 SHOWN_OPTION = 60
 """Characters of an option that an explanation quotes."""
 
@@ -163,18 +165,20 @@ def _arm(
         rows = read_evidence(run, name, arm)
         if [row.example_id for row in rows] == [item.id for item in benchmark.items]:
             return rows
-    ask = _generate if benchmark.task.kind is Kind.GENERATION else _score_continuations
-    chat = under_template(benchmark, recipe)
+    chat = _renderer(models) if under_template(benchmark, recipe) else None
     title = f"{name} {arm}"
     with models.arm(arm) as model, display.track(title, len(benchmark.items), unit="items") as bar:
-        rows = ask(model, benchmark, models, chat, recipe.evaluate.batch_tokens, bar.advance)
+        if benchmark.task.kind is Kind.GENERATION:
+            size = recipe.evaluate.batch_tokens
+            rows = _generate(model, models, benchmark, chat, size, bar.advance)
+        else:
+            tokenizer = models.base.tokenizer
+            rows = score_continuations(model, tokenizer, benchmark, chat, bar.advance)
     write_evidence(run, name, arm, rows)
     return rows
 
 
-def contexts(
-    benchmark: Benchmark, item: Item, chat: Callable[[Sequence[Message]], str] | None
-) -> tuple[str, ...]:
+def contexts(benchmark: Benchmark, item: Item, chat: Render | None) -> tuple[str, ...]:
     """Return what stands before the answer, once or for each option: raw, or as a chat.
 
     As a chat the description is the system message, examples are earlier turns and the prompt is
@@ -193,9 +197,7 @@ def contexts(
     return tuple(chat([*turns, Message("user", prompt)]) for prompt in prompts)
 
 
-def requests(
-    benchmark: Benchmark, item: Item, chat: Callable[[Sequence[Message]], str] | None
-) -> list[tuple[str, str]]:
+def requests(benchmark: Benchmark, item: Item, chat: Render | None) -> list[tuple[str, str]]:
     """Return (context, continuation) of each option; no separator after a chat template."""
     before = contexts(benchmark, item, chat)
     plain = benchmark.task.kind is Kind.CLOZE or chat is not None
@@ -208,23 +210,20 @@ def requests(
     ]
 
 
-def _score_continuations(
+def score_continuations(
     model: Any,
+    tokenizer: Any,
     benchmark: Benchmark,
-    models: Models,
-    chat: bool,
-    _: int,
-    advance: Callable[[int], None],
+    chat: Render | None = None,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> list[Evidence]:
-    """Return evidence of a multiple-choice or cloze task."""
-    tokenizer = models.base.tokenizer
-    render = _renderer(models) if chat else None
+    """Return the evidence of a multiple-choice or cloze task, in the order of its items."""
     limit = _context_tokens(model)
     pairs: dict[int, list[Pair]] = {}
     problems: dict[int, str] = {}
     for number, item in enumerate(benchmark.items):
         try:
-            pairs[number] = encode_pairs(tokenizer, requests(benchmark, item, render))
+            pairs[number] = encode_pairs(tokenizer, requests(benchmark, item, chat))
             longest = max(len(pair.inputs) for pair in pairs[number])
             if longest > limit:
                 problems[number] = f"{longest} tokens, the model's context has {limit}"
@@ -302,9 +301,9 @@ def _failure(benchmark: Benchmark, item: Item, problem: str) -> Evidence:
 
 def _generate(
     model: Any,
-    benchmark: Benchmark,
     models: Models,
-    chat: bool,
+    benchmark: Benchmark,
+    chat: Render | None,
     batch_tokens: int,
     advance: Callable[[int], None],
 ) -> list[Evidence]:
@@ -312,13 +311,12 @@ def _generate(
     generation = benchmark.task.generation
     assert generation is not None
     tokenizer, limit = models.base.tokenizer, _context_tokens(model) - generation.max_new_tokens
-    render = _renderer(models) if chat else None
     prompts: dict[int, list[int]] = {}
     problems: dict[int, str] = {}
     for number, item in enumerate(benchmark.items):
         try:
-            text = contexts(benchmark, item, render)[0]
-            prompts[number] = tokenizer(text, add_special_tokens=not chat)["input_ids"]
+            text = contexts(benchmark, item, chat)[0]
+            prompts[number] = tokenizer(text, add_special_tokens=chat is None)["input_ids"]
         except TEMPLATE_ERRORS as error:
             problems[number] = str(error).splitlines()[0]
             continue
@@ -372,7 +370,7 @@ def _written(
     )
 
 
-def _renderer(models: Models) -> Callable[[Sequence[Message]], str]:
+def _renderer(models: Models) -> Render:
     template = models.renderer.template
     return lambda messages: template.render(messages, (), prompt=True)
 
