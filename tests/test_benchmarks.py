@@ -390,6 +390,7 @@ def test_error_rates_are_counted_with_the_methods_of_the_product(monkeypatch, tm
 
     monkeypatch.setattr(error_rates, "SIZES", (50,))
     monkeypatch.setattr(error_rates, "CLUSTERINGS", ((10, 5),))
+    monkeypatch.setattr(error_rates, "BOOTSTRAP_RESAMPLES", 10_000)
     x = error_rates.f1_like(np.random.default_rng(1), (50, 3))
     counts = error_rates._resample_counts(50)
     assert (counts.sum(axis=1) == 50).all()

@@ -25,14 +25,16 @@ def build(path, tuned, *, n=200, retention=(0.5, 0.45), **changes):
     write_evaluation(run, arms)
     document = read_json(run.measurements_path)
     names = ("base", "tuned")
-    rows = {
-        a: evidence(f"{a}{path.name}", r, 400, 2) for a, r in zip(names, retention, strict=True)
-    }
-    for arm, found in rows.items():
-        write_evidence(run, "piqa", arm, found)
-        document["measurements"].append(asdict(measure(found, "piqa", "exact_match", arm)))
-    c = compare(rows["base"], rows["tuned"], "piqa", "exact_match", "base", "tuned")
-    document["comparisons"].append(asdict(c))
+    for task in ("piqa", "boolq"):
+        rows = {
+            arm: evidence(f"{arm}{path.name}{task}", share, 400, 2)
+            for arm, share in zip(names, retention, strict=True)
+        }
+        for arm, found in rows.items():
+            write_evidence(run, task, arm, found)
+            document["measurements"].append(asdict(measure(found, task, "exact_match", arm)))
+        c = compare(rows["base"], rows["tuned"], task, "exact_match", "base", "tuned")
+        document["comparisons"].append(asdict(c))
     run.write_json(run.measurements_path, document)
     return run
 
@@ -51,6 +53,8 @@ def test_shared_arms_are_compared_on_shared_tasks(pair):
         (TASK, "small:tuned", "large:tuned"),
         ("piqa", "small:base", "large:base"),
         ("piqa", "small:tuned", "large:tuned"),
+        ("boolq", "small:base", "large:base"),
+        ("boolq", "small:tuned", "large:tuned"),
     ]
     tuned = found["comparisons"][1]
     a, b = (read_evidence(run, TASK, "tuned") for run in pair)
@@ -64,7 +68,7 @@ def test_shared_arms_are_compared_on_shared_tasks(pair):
     assert found["recipe"] == {"train.num_train_epochs": [2.0, 3.0]}
     assert found["unshared"] == []
     assert found["comparisons"][0]["difference"] == 0
-    assert [c["corrected"] is None for c in found["comparisons"]] == [True, True, False, False]
+    assert [c["corrected"] is None for c in found["comparisons"]] == [True] * 2 + [False] * 4
 
 
 def test_a_run_equals_itself_and_the_other_order_is_the_mirror(pair):
@@ -110,7 +114,7 @@ def test_another_scorer_no_shared_arm_and_no_evaluation_are_refused(pair, tmp_pa
     copy.write_json(copy.measurements_path, {**document, "metric": "f1"})
     with pytest.raises(DataError, match="exact_match in small, f1 in copy"):
         compare_runs(pair[0], copy)
-    own = [m for m in read_json(pair[1].measurements_path)["measurements"] if m["task"] == "piqa"]
+    own = [m for m in read_json(pair[1].measurements_path)["measurements"] if m["task"] != TASK]
     copy.write_json(copy.measurements_path, {**document, "metric": "exact_match"})
     copy.write_json(
         copy.measurements_path, {"task": TASK, "metric": "exact_match", "measurements": own}
@@ -132,7 +136,7 @@ def test_the_command(pair, tmp_path, capsys):
     assert "verdict: large:tuned beats small:tuned" in out
     assert "train.num_train_epochs  2.0 -> 3.0" in out
     assert cli.call(["compare", a, b, "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["comparisons"]) == 4
+    assert len(json.loads(capsys.readouterr().out)["comparisons"]) == 6
     short = build(tmp_path / "short", 0.5, n=150)
     assert cli.call(["compare", a, str(short.path), "--json"]) == 3
     assert json.loads(capsys.readouterr().out)["error"]["kind"] == "DataError"
@@ -149,8 +153,8 @@ def test_the_planner_with_and_without_a_run(pair, capsys):
     planned = plan_rows(2, pair[:1])["plan"]["rows"]
     c = read_json(pair[0].measurements_path)["comparisons"][0]
     assert planned[0]["discordance"] == (c["wins"] + c["losses"]) / c["n"]
-    assert [row["task"] for row in planned] == [TASK, "piqa"]
-    assert len(plan_rows(2, pair)["plan"]["rows"]) == 4
+    assert [row["task"] for row in planned] == [TASK, "piqa", "boolq"]
+    assert len(plan_rows(2, pair)["plan"]["rows"]) == 6
     assert cli.call(["compare", "--plan", "2"]) == 0
     assert "show: a true difference of 2 points" in capsys.readouterr().out
     assert cli.call(["compare", "--plan", "2", str(pair[0].path), "--json"]) == 0

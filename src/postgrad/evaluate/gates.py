@@ -38,7 +38,8 @@ def judge_gates(
     if gates.target:
         own = [m for m in measurements if (m.task, m.metric, m.arm) == (task, metric, TUNED)]
         rivals = [c for c in comparisons if (c.task, c.metric, c.b) == (task, metric, TUNED)]
-        judged.append(_target(gates.target, own, rivals, confidence))
+        prompting = [c for c in rivals if c.a.startswith(f"{BASE}/")]
+        judged.append(_target(gates.target, own, prompting, confidence))
     kept = [c for c in comparisons if (c.a, c.b) == (BASE, TUNED) and c.task != task]
     named = {name: points for name, points in gates.retention.items() if name != ALL}
     for name, points in named.items():
