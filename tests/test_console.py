@@ -40,10 +40,9 @@ def test_a_result_shows_the_verdict_first_and_every_figure_with_interval_and_n()
     assert text.endswith("run     runs/x\nreport  runs/x/report.html")
 
 
-def test_a_plan_and_checks_are_shown():
+def test_checks_are_shown():
     text = console.result_text(
         {
-            "plan": {"steps": 120, "memory": {"weights": "0.3 GB"}},
             "checks": [
                 {"name": "bos", "passed": True, "detail": "one per row"},
                 {
@@ -63,7 +62,6 @@ def test_a_plan_and_checks_are_shown():
             ],
         }
     )
-    assert "steps   120\nmemory\n  weights  0.3 GB" in text
     assert "passed   bos: one per row" in text
     assert "REFUSED  overlap: 2 rows\n           a.jsonl:3\n           -> drop them" in text
     assert "waived   lengths: 1 row" in text
