@@ -70,6 +70,17 @@ def test_every_arm_is_measured_on_the_same_test_rows(finished):
     ]
 
 
+def test_the_cost_of_a_request_and_the_break_even_are_in_the_document(finished):
+    _, out, document = finished
+    costs, arms = document["costs"], [m["arm"] for m in document["measurements"]]
+    assert costs == read_json(Run(out).measurements_path)["costs"]
+    assert [c["arm"] for c in costs["arms"]] == arms
+    zero, *few, tuned = (c["prompt_tokens"]["mean"] for c in costs["arms"])
+    assert zero == tuned < min(few)
+    assert [b["arm"] for b in costs["break_even"]] == arms[:-1]
+    assert {b["training_seconds"] for b in costs["break_even"]} == {document["seconds"]["train"]}
+
+
 def test_no_row_and_no_request_is_in_two_splits(finished):
     _, out, _ = finished
     rows = read_jsonl(Run(out).kept_path)

@@ -11,6 +11,7 @@ from postgrad.data.dataset import Dataset
 from postgrad.errors import DataError
 from postgrad.evaluate import compare
 from postgrad.evaluate.benchmarks import load_benchmarks
+from postgrad.evaluate.cost import measure_costs
 from postgrad.evaluate.evidence import read_evidence, write_evidence
 from postgrad.evaluate.linear import linear_floor
 from postgrad.evaluate.models import TUNED, Models
@@ -92,6 +93,9 @@ def evaluate_run(run: Run, dataset: Dataset, display: Display) -> dict[str, Any]
         "measurements": [dataclasses.asdict(m) for m in (*measurements, *retention.measurements)],
         "comparisons": [dataclasses.asdict(c) for c in (*comparisons, *retention.comparisons)],
         "references": _references(recipe, dataset, tests),
+        "costs": dataclasses.asdict(
+            measure_costs({a: rows[a] for a in arms}, TUNED, run.record["seconds"].get("train"))
+        ),
         "retention": list(retention.tasks),
     }
     run.write_json(run.measurements_path, document)
