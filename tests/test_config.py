@@ -78,6 +78,8 @@ def test_errors_inside_adapt_name_the_right_key():
         ("evaluate.fewshot=8", "evaluate.fewshot must be list of integer, not 8"),
         ("evaluate.fewshot=[0, -2]", "evaluate.fewshot must be at least 0, not -2"),
         ("evaluate.fewshot=[8, 8]", "twice"),
+        ("evaluate.fewshot_examples=[static, static]", "twice"),
+        ("evaluate.fewshot_examples=[]", "at least 1"),
         ("evaluate.pattern=a(", "go together"),
         ("evaluate={scorer: regex, pattern: 'a('}", "not a regular expression"),
         ("data.format=columns", "go together"),

@@ -164,3 +164,16 @@ def test_an_error_ends_with_what_to_do():
     assert console.error_text("bad", "mend it") == "error: bad\n  -> mend it"
     assert console.error_text("bad", "") == "error: bad"
     assert console.error_text("bad", "x", colour=True).startswith("\x1b[1;31merror\x1b[0m: bad")
+
+
+def test_costs_are_a_table_and_a_sentence_for_each_prompt():
+    any_tokens = {"mean": 41.6, "median": 40}
+    arm = {"arm": "tuned", "n": 1200, "prompt_tokens": any_tokens, "completion_tokens": any_tokens}
+    costs = {
+        "arms": [{**arm, "seconds": {"mean": 0.1234, "median": 0.1}}],
+        "break_even": [{"finding": "after 9 requests"}],
+    }
+    text = console.costs_text(costs).splitlines()
+    assert text[1].split() == ["tuned", "42", "42", "0.123", "0.1", "1,200"]
+    assert text[2] == "after 9 requests"
+    assert console.costs_text({}) == ""

@@ -52,7 +52,7 @@ def test_it_leaves_a_report_a_card_and_a_seal(finished):
 
 def test_every_arm_is_measured_on_the_same_test_rows(finished):
     _, out, document = finished
-    arms = ["base/zero-shot", "base/few-shot-3", "tuned"]
+    arms = ["base/zero-shot", "base/few-shot-3", "base/few-shot-3-retrieved", "tuned"]
     assert [m["arm"] for m in document["measurements"]] == arms
     tests = {example.id for example in read_dataset(Run(out)).of(Split.TEST)}
     asked = []
@@ -61,12 +61,24 @@ def test_every_arm_is_measured_on_the_same_test_rows(finished):
         assert measured["n"] == len(rows) == 8
         assert measured["low"] <= measured["value"] <= measured["high"]
         asked.append([row["example_id"] for row in rows])
-    assert asked[0] == asked[1] == asked[2]
+    assert asked[0] == asked[1] == asked[2] == asked[3]
     assert set(asked[0]) <= tests
     assert [(c["a"], c["b"]) for c in document["comparisons"]] == [
         (arms[0], "tuned"),
         (arms[1], "tuned"),
+        (arms[2], "tuned"),
     ]
+
+
+def test_the_cost_of_a_request_and_the_break_even_are_in_the_document(finished):
+    _, out, document = finished
+    costs, arms = document["costs"], [m["arm"] for m in document["measurements"]]
+    assert costs == read_json(Run(out).measurements_path)["costs"]
+    assert [c["arm"] for c in costs["arms"]] == arms
+    zero, *few, tuned = (c["prompt_tokens"]["mean"] for c in costs["arms"])
+    assert zero == tuned < min(few)
+    assert [b["arm"] for b in costs["break_even"]] == arms[:-1]
+    assert {b["training_seconds"] for b in costs["break_even"]} == {document["seconds"]["train"]}
 
 
 def test_no_row_and_no_request_is_in_two_splits(finished):
@@ -217,7 +229,7 @@ def test_seeds_share_the_rows_and_differ_in_training(seeded):
     asked = {
         tuple(row["example_id"] for row in read_jsonl(m.evidence_path("tiny", arm)))
         for m in members
-        for arm in ("base/zero-shot", "base/few-shot-3", "tuned")
+        for arm in ("base/zero-shot", "base/few-shot-3", "base/few-shot-3-retrieved", "tuned")
     }
     assert len(asked) == 1
     base = {m.evidence_path("tiny", "base/few-shot-3").read_bytes() for m in members}
@@ -239,7 +251,8 @@ def test_finished_seeds_are_not_run_again(seeded):
 def test_the_combined_document_keeps_seeds_and_rows_apart(seeded, capsys):
     path, out, document, _ = seeded
     spread = {s["against"]: s for s in document["seeds"]}
-    assert set(spread) == {"", "base/zero-shot", "base/few-shot-3"}
+    retrieved = "base/few-shot-3-retrieved"
+    assert set(spread) == {"", "base/zero-shot", "base/few-shot-3", retrieved}
     own = spread[""]
     values = [
         [row["scores"]["exact_match"]["value"] for row in read_jsonl(
@@ -251,7 +264,7 @@ def test_the_combined_document_keeps_seeds_and_rows_apart(seeded, capsys):
     tuned = document["measurements"][-1]
     assert (tuned["arm"], tuned["method"], tuned["n"]) == ("tuned", "two-level", 8)
     assert [tuned["low"], tuned["high"]] == own["over_both"]
-    assert [c["method"] for c in document["comparisons"]] == ["two-level"] * 2
+    assert [c["method"] for c in document["comparisons"]] == ["two-level"] * 3
     assert "Seeds and rows apart" in Run(out).report_path.read_text(encoding="utf-8")
     assert "Another seed: not measured" not in Run(out).report_path.read_text(encoding="utf-8")
     assert cli.call(["report", str(out)]) == 0

@@ -267,7 +267,15 @@ class EvaluateConfig(Section):
     pattern: str | None = None
     """Regular expression for the `regex` scorer: its first group (or whole match) is compared."""
     fewshot: tuple[Annotated[int, Field(ge=0)], ...] = (0, 8)
-    """Numbers of examples in the prompt for the base model; drawn from TRAIN only, seeded."""
+    """Numbers of examples in the prompt for the base model; from TRAIN only."""
+    fewshot_examples: Annotated[tuple[Literal["static", "retrieved"], ...], Field(min_length=1)] = (
+        "static",
+        "retrieved",
+    )
+    """Which examples: `static` are a seeded draw, the same for every request, and computed once;
+    `retrieved` are for each request the rows of TRAIN with most words in common (BM25), the nearest
+    last. Both by default: retrieved examples usually make the stronger rival, which the verdict
+    has to face; they share no beginning, so that the whole prompt is computed for every request."""
     limit: PositiveInt | None = 300
     """Test rows (a seeded sample); null = all."""
     max_new_tokens: PositiveInt | Auto = "auto"
@@ -338,6 +346,8 @@ class Recipe(Section):
             raise ValueError(f"evaluate.pattern is not a regular expression: {error}") from None
         if len(set(evaluate.fewshot)) < len(evaluate.fewshot):
             raise ValueError("evaluate.fewshot names the same number of examples twice")
+        if len(set(evaluate.fewshot_examples)) < len(evaluate.fewshot_examples):
+            raise ValueError("evaluate.fewshot_examples names the same kind twice")
         target = TARGET_GATE.fullmatch(evaluate.gates.target or ">= few-shot")
         if target is None:
             raise ValueError(

@@ -44,6 +44,7 @@ def result_text(document: Mapping[str, Any]) -> str:
     parts.append(comparisons_text(document.get("comparisons") or ()))
     parts.append(seeds_text(document.get("seeds") or ()))
     parts.append(references_text(document.get("references") or ()))
+    parts.append(costs_text(document.get("costs") or {}))
     parts.append(training_text(document.get("train") or {}))
     parts.append(checks_text(document.get("checks") or ()))
     plan = document.get("estimate") or document.get("plan") or {}
@@ -156,6 +157,24 @@ def references_text(references: Sequence[Mapping[str, Any]]) -> str:
         f"for comparison: {r['name']} {_percent(r['value'])}, n = {r['n']:,} ({r['source']})"
         for r in references
     )
+
+
+def costs_text(costs: Mapping[str, Any]) -> str:
+    """Return what a request takes in each arm, and when tuning is cheaper than each prompt."""
+    if not costs.get("arms"):
+        return ""
+    rows = [
+        [
+            c["arm"],
+            *(f"{c[key]['mean']:,.0f}" for key in ("prompt_tokens", "completion_tokens")),
+            f"{c['seconds']['mean']:.3g}",
+            f"{c['seconds']['median']:.3g}",
+            f"{c['n']:,}",
+        ]
+        for c in costs["arms"]
+    ]
+    heads = ["a request of", "prompt tokens", "answer tokens", "seconds", "median", "n"]
+    return "\n".join([table(heads, rows), *(found["finding"] for found in costs["break_even"])])
 
 
 def training_text(train: Mapping[str, Any]) -> str:

@@ -239,6 +239,7 @@ def document(run: Run) -> dict[str, Any]:
         "measurements": measured["measurements"],
         "comparisons": measured["comparisons"],
         "references": measured["references"],
+        "costs": measured.get("costs", {}),
         "seeds": measured.get("seeds", []),
         "retention": measured["retention"],
         "train": record.get("train"),

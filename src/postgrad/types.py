@@ -265,7 +265,7 @@ class Measurement:
     task: str
     metric: str
     arm: str
-    """`base/zero-shot`, `base/few-shot-K` or `tuned`."""
+    """`base/zero-shot`, `base/few-shot-K`, `base/few-shot-K-retrieved` or `tuned`."""
     value: float
     low: float
     high: float

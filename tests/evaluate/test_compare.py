@@ -198,6 +198,9 @@ def test_headline_names_the_strongest_rival():
         "(95 % interval 69.5 to 82.2, n = 300, p < 0.001)"
     )
     assert headline([zero]).startswith("tuned beats zero-shot prompting by 83.3 points")
+    near = judge([0] * 200 + [1] * 100, [1] * 300, "base/few-shot-8-retrieved")
+    text = headline([zero, few, near])
+    assert text.startswith("tuned beats the best prompt (few-shot-8-retrieved) by 66.7 points")
     assert "90 % interval" in headline([zero], 0.9)
 
 

@@ -71,6 +71,10 @@ def test_every_prompting_arm_must_be_reached():
     (gate,) = judge({"target": "> few-shot"}, [zero, few])
     assert gate.status is UNDECIDED
     assert "base/few-shot-8" in gate.finding
+    retrieved = change(300, 10, 40, a="base/few-shot-8-retrieved")
+    (gate,) = judge({"target": "> few-shot"}, [zero, few, retrieved])
+    assert gate.status is FAIL
+    assert "against base/few-shot-8-retrieved" in gate.finding
 
 
 @pytest.mark.parametrize(("right", "status"), [(280, PASS), (240, UNDECIDED), (200, FAIL)])

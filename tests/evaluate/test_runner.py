@@ -15,6 +15,7 @@ from postgrad.evaluate.runner import (
     choose_shots,
     reference,
     resolve_max_new_tokens,
+    retrieve_shots,
     run_arm,
     sample_test,
     with_shots,
@@ -101,9 +102,10 @@ def test_shots_are_earlier_turns_after_the_system_message():
 
 
 def test_shots_reach_the_model(model, renderer, tokenizer):
-    shots = choose_shots(TRAIN, 3, seed=1)
-    for row, evidence in zip(TEST, arm(model, renderer, tokenizer, TEST, shots=shots), strict=True):
-        asked = renderer.prompt_ids(with_shots(row.conversation.prompt, shots))
+    shots = [TRAIN[n : n + 3] for n in range(len(TEST))]
+    found = arm(model, renderer, tokenizer, TEST, shots=shots)
+    for row, chosen, evidence in zip(TEST, shots, found, strict=True):
+        asked = renderer.prompt_ids(with_shots(row.conversation.prompt, chosen))
         assert evidence.prompt_tokens == len(asked)
 
 
@@ -113,7 +115,9 @@ def test_shots_come_from_train_only(model, renderer, tokenizer, split):
     with pytest.raises(AssertionError, match="TRAIN"):
         choose_shots(foreign, 2, seed=1)
     with pytest.raises(AssertionError, match="TRAIN"):
-        arm(model, renderer, tokenizer, TEST, shots=foreign[-1:])
+        retrieve_shots(foreign, TEST, 2)
+    with pytest.raises(AssertionError, match="TRAIN"):
+        arm(model, renderer, tokenizer, TEST, shots=[foreign[-1:]] * len(TEST))
 
 
 def test_shots_are_seeded_and_distinct():
@@ -123,6 +127,22 @@ def test_shots_are_seeded_and_distinct():
     assert choose_shots((), 0, seed=1) == ()
     with pytest.raises(ConfigError, match="13 examples"):
         choose_shots(TRAIN, 13, seed=1)
+
+
+def test_retrieved_shots_are_the_nearest_of_each_request_the_nearest_last():
+    train = [
+        example(text, "x", Split.TRAIN)
+        for text in ("red apple pie", "blue sea", "red apple tree in the garden", "grey sky")
+    ]
+    tests = [example("a red apple in the garden", "tree"), example("the blue sea today", "sea")]
+    found = retrieve_shots(train, tests, 2)
+    assert found[0] == (train[0], train[2])
+    assert found[1][-1] == train[1]
+    assert retrieve_shots(train, tests, 0) == [(), ()]
+    other = [example("a red apple in the garden", "grey sky"), tests[1]]
+    assert retrieve_shots(train, other, 2) == found
+    with pytest.raises(ConfigError, match="5 examples"):
+        retrieve_shots(train, tests, 5)
 
 
 def test_sample_keeps_the_order_and_all_rows_when_there_are_few():

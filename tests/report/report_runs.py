@@ -8,6 +8,7 @@ from typing import Any
 
 from postgrad.config import Recipe, parse_recipe
 from postgrad.evaluate.compare import compare, measure
+from postgrad.evaluate.cost import measure_costs
 from postgrad.evaluate.evidence import write_evidence
 from postgrad.run import Run, create_run, write_atomic
 from postgrad.types import (
@@ -72,9 +73,9 @@ def evidence(arm: str, right: float, n: int, seed: int) -> list[Evidence]:
                 completion=answer,
                 scores={"exact_match": Score(float(good), good)},
                 stop_reason=StopReason.LENGTH if answer == CHATTER else StopReason.STOP,
-                prompt_tokens=60,
+                prompt_tokens=60 + 480 * ("few-shot" in arm),
                 completion_tokens=8,
-                seconds=0.1,
+                seconds=0.1 + 0.4 * ("few-shot" in arm),
             )
         )
     return rows
@@ -98,6 +99,7 @@ def write_evaluation(
         "measurements": [asdict(m) for m in measured],
         "comparisons": [asdict(c) for c in compared],
         "references": [svm],
+        "costs": asdict(measure_costs(arms, "tuned", 371.0)),
     }
     run.write_json(run.measurements_path, tree)
 

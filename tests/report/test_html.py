@@ -66,6 +66,7 @@ def test_the_verdict_comes_first_and_the_sections_follow(finished):
     assert ids == [
         "verdict",
         "evaluation",
+        "costs",
         "retention",
         "training",
         "answers",

@@ -32,6 +32,8 @@ def test_figures():
     assert words.level(0.95) == "95%"
     assert words.level(0.999) == "99.9%"
     assert words.arm_name("base/few-shot-1") == "Base model, 1 example in the prompt"
+    nearest = "Base model, 1 nearest example in the prompt"
+    assert words.arm_name("base/few-shot-1-retrieved") == nearest
     assert words.arm_name("elsewhere") == "elsewhere"
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from postgrad.data.render import Renderer
 from postgrad.errors import ConfigError, DataError
+from postgrad.evaluate.retrieval import Bm25
 from postgrad.model.generate import generate
 from postgrad.progress import Display, SilentDisplay
 from postgrad.scoring import reference_problem, score
@@ -29,13 +30,32 @@ def choose_shots(train: Sequence[Example], count: int, seed: int) -> tuple[Examp
 
     Raises ConfigError when there are fewer rows than asked for.
     """
+    _require_enough(train, count)
+    return _draw(train, count, seed)
+
+
+def retrieve_shots(
+    train: Sequence[Example], tests: Sequence[Example], count: int
+) -> list[tuple[Example, ...]]:
+    """Return for each test row the `count` rows of TRAIN whose requests share most of its words.
+
+    The nearest comes last, beside the request. Only the request is looked at, never the reference.
+
+    Raises ConfigError when there are fewer rows than asked for.
+    """
+    _require_enough(train, count)
+    index = Bm25([question(example) for example in train])
+    found = (index.nearest(question(test), count) for test in tests)
+    return [tuple(train[place] for place in reversed(places)) for places in found]
+
+
+def _require_enough(train: Sequence[Example], count: int) -> None:
     _require_train(train)
     if count > len(train):
         raise ConfigError(
             f"evaluate.fewshot asks for {count} examples, TRAIN has {len(train)} rows",
             "ask for fewer",
         )
-    return _draw(train, count, seed)
 
 
 def _require_train(examples: Sequence[Example]) -> None:
@@ -138,7 +158,7 @@ def run_arm(
     examples: Sequence[Example],
     *,
     arm: str,
-    shots: Sequence[Example] = (),
+    shots: Sequence[Sequence[Example]] | None = None,
     scorer: str,
     pattern: str | None = None,
     max_new_tokens: int,
@@ -147,15 +167,20 @@ def run_arm(
 ) -> list[Evidence]:
     """Generate an answer to every example and score it; evidence comes in the examples' order.
 
-    The model sees exactly `renderer.prompt_ids(conversation.prompt)`, with the shots as earlier
-    turns. A request that the chat template refuses, or that leaves no room for the answer in the
-    model's context, is recorded as an error and scores 0.
+    The model sees exactly `renderer.prompt_ids(conversation.prompt)`, with the row's own `shots` as
+    earlier turns. A request that the chat template refuses, or that leaves no room for the answer
+    in the model's context, is recorded as an error and scores 0.
     """
-    _require_train(shots)
+    shots = [()] * len(examples) if shots is None else shots
+    for chosen in shots:
+        _require_train(chosen)
     display = display or SilentDisplay()
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     room = context - max_new_tokens if context else math.inf
-    prompts = [_prompt(renderer, example, shots, room) for example in examples]
+    prompts = [
+        _prompt(renderer, example, chosen, room)
+        for example, chosen in zip(examples, shots, strict=True)
+    ]
     fitting = [n for n, (_, problem) in enumerate(prompts) if problem is None]
     seconds: dict[int, float] = {}
     with display.track(arm, len(fitting), unit="rows") as bar:

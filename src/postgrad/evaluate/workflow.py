@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-from postgrad.config import Recipe
+from postgrad.config import EvaluateConfig, Recipe
 from postgrad.data.dataset import Dataset
 from postgrad.errors import DataError
 from postgrad.evaluate import compare
 from postgrad.evaluate.benchmarks import load_benchmarks
+from postgrad.evaluate.cost import measure_costs
 from postgrad.evaluate.evidence import read_evidence, write_evidence
 from postgrad.evaluate.linear import linear_floor
 from postgrad.evaluate.models import TUNED, Models
@@ -19,6 +20,7 @@ from postgrad.evaluate.runner import (
     choose_shots,
     question,
     resolve_max_new_tokens,
+    retrieve_shots,
     run_arm,
     sample_test,
 )
@@ -27,13 +29,24 @@ from postgrad.run import Run
 from postgrad.types import Comparison, Evidence, Example, Measurement, Split
 
 
-def base_arm(shots: int) -> str:
+def base_arm(shots: int, kind: str = "static") -> str:
     """Return the name of a prompting arm.
 
-    >>> base_arm(0), base_arm(8)
-    ('base/zero-shot', 'base/few-shot-8')
+    >>> base_arm(0), base_arm(8), base_arm(8, "retrieved")
+    ('base/zero-shot', 'base/few-shot-8', 'base/few-shot-8-retrieved')
     """
-    return f"base/few-shot-{shots}" if shots else "base/zero-shot"
+    if not shots:
+        return "base/zero-shot"
+    return f"base/few-shot-{shots}" + ("" if kind == "static" else f"-{kind}")
+
+
+def base_arms(settings: EvaluateConfig) -> dict[str, tuple[int, str]]:
+    """Return the prompting arms of a recipe in their order: name -> examples and their kind."""
+    return {
+        base_arm(count, kind): (count, kind)
+        for count in settings.fewshot
+        for kind in settings.fewshot_examples
+    }
 
 
 def evaluate_run(run: Run, dataset: Dataset, display: Display) -> dict[str, Any]:
@@ -49,7 +62,7 @@ def evaluate_run(run: Run, dataset: Dataset, display: Display) -> dict[str, Any]
         torch.set_num_threads(recipe.train.threads)
     models = Models(run, recipe)
     benchmarks = load_benchmarks(recipe)
-    arms = [base_arm(shots) for shots in recipe.evaluate.fewshot]
+    arms = list(base_arms(recipe.evaluate))
     arms += [TUNED] if models.has_tuned else []
     rows = _evidence(run, recipe, dataset, tests, arms, models, display)
     scorer = recipe.evaluate.scorer
@@ -80,6 +93,9 @@ def evaluate_run(run: Run, dataset: Dataset, display: Display) -> dict[str, Any]
         "measurements": [dataclasses.asdict(m) for m in (*measurements, *retention.measurements)],
         "comparisons": [dataclasses.asdict(c) for c in (*comparisons, *retention.comparisons)],
         "references": _references(recipe, dataset, tests),
+        "costs": dataclasses.asdict(
+            measure_costs({a: rows[a] for a in arms}, TUNED, run.record["seconds"].get("train"))
+        ),
         "retention": list(retention.tasks),
     }
     run.write_json(run.measurements_path, document)
@@ -121,8 +137,13 @@ def _evidence(
     limit = resolve_max_new_tokens(
         recipe.evaluate.max_new_tokens, models.renderer, train, recipe.data.max_length
     )
-    shots = {base_arm(k): choose_shots(train, k, recipe.data_seed) for k in recipe.evaluate.fewshot}
+    prompting = base_arms(recipe.evaluate)
     for arm in missing:
+        count, kind = prompting.get(arm, (0, "static"))
+        if kind == "retrieved":
+            shots: Sequence[Sequence[Example]] = retrieve_shots(train, tests, count)
+        else:
+            shots = [choose_shots(train, count, recipe.data_seed)] * len(tests)
         with models.arm(arm) as model:
             found[arm] = run_arm(
                 model,
@@ -130,7 +151,7 @@ def _evidence(
                 models.base.tokenizer,
                 tests,
                 arm=arm,
-                shots=shots.get(arm, ()),
+                shots=shots,
                 scorer=recipe.evaluate.scorer,
                 pattern=recipe.evaluate.pattern,
                 max_new_tokens=limit,

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from postgrad.config import Recipe
 from postgrad.errors import RunError
 from postgrad.evaluate.compare import best_base
+from postgrad.evaluate.cost import Costs
 from postgrad.evaluate.evidence import read_evidence
 from postgrad.report.abilities import Benchmark, Retention
 from postgrad.run import Run, read_json, read_jsonl
@@ -106,6 +107,7 @@ class Evaluation:
     seeds: tuple[SeedSpread, ...] = ()
     """Spread over several trainings; none when there was one."""
     retention: Retention | None = None
+    costs: Costs | None = None
 
     @property
     def main(self) -> tuple[Measurement, ...]:
@@ -355,6 +357,7 @@ def _evaluation(run: Run) -> Evaluation | None:
         )
         if benchmarks
         else None,
+        costs=_parse(Costs, tree["costs"], path) if "costs" in tree else None,
     )
     best = without_answers.best_base
     if best is None or not rows.get(best.arm) or not rows.get(TUNED):

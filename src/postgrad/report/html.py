@@ -7,6 +7,7 @@ from postgrad.report import charts, facts
 from postgrad.report.answers import answers_section
 from postgrad.report.charts import NARROW, WIDE
 from postgrad.report.collect import TUNED, Curves, Evaluation, Report, collect
+from postgrad.report.costs import costs_section
 from postgrad.report.markup import Content, Html, join, tag
 from postgrad.report.parts import empty, figure, note, section, table
 from postgrad.report.retention import retention_section
@@ -64,6 +65,7 @@ def page(report: Report) -> Html:
         _verdict(report, name),
         _gates(report),
         _evaluation(report),
+        costs_section(report),
         retention_section(report),
         _training(report),
         answers_section(report),

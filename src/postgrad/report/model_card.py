@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from postgrad.report.collect import TUNED, Evaluation, Report, collect
+from postgrad.report.costs import NO_LATENCY, break_even_sentence
 from postgrad.report.facts import money, recompute_command
 from postgrad.report.markup import clean
 from postgrad.report.words import (
@@ -274,6 +275,7 @@ def _evaluation(report: Report) -> list[str]:
         "## Evaluation",
         _table(heads, rows),
         _comparisons(evaluation),
+        *([f"{_text(break_even_sentence(evaluation))} {NO_LATENCY}"] if evaluation.costs else []),
         *_retention(evaluation),
     ]
 

@@ -1,5 +1,6 @@
 """Numbers and sentences, worded once for the page and for the model card. Plain text only."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,15 +60,18 @@ def arm_name(arm: str) -> str:
 
     >>> arm_name("base/few-shot-8")
     'Base model, 8 examples in the prompt'
+    >>> arm_name("base/few-shot-8-retrieved")
+    'Base model, 8 nearest examples in the prompt'
     """
     if arm == TUNED:
         return "Tuned model"
     if arm == "base/zero-shot":
         return "Base model, no examples"
-    shots = arm.removeprefix("base/few-shot-")
-    if shots != arm and shots.isdigit():
-        return f"Base model, {shots} example{'' if shots == '1' else 's'} in the prompt"
-    return arm
+    found = re.fullmatch(r"base/few-shot-(\d+)(-retrieved)?", arm)
+    if not found:
+        return arm
+    kind = "nearest example" if found[2] else "example"
+    return f"Base model, {count(int(found[1]), kind)} in the prompt"
 
 
 def percent(value: float) -> str:
