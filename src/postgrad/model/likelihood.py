@@ -254,15 +254,19 @@ def _log_probabilities(
     """Return log-probability of each target in its row of logits [N, V], and whether it is best."""
     index = torch.as_tensor(rows, device=logits.device)
     wanted = torch.as_tensor(targets, device=logits.device)
-    parts = torch.split(logits, LOGIT_ROWS)
-    denominators = [part.float().logsumexp(-1) for part in parts]
+    denominators, likeliest = [], []
+    for part in torch.split(logits, LOGIT_ROWS):
+        row = part.to(torch.float32, copy=True)
+        top, best = row.max(-1)
+        denominators.append(row.sub_(top[:, None]).exp_().sum(-1).log() + top)
+        likeliest.append(best)
     values = logits[index, wanted].float() - torch.cat(denominators)[index]
     if not torch.isfinite(values).all():
         raise ModelError(
             "the model returns logits that are not finite",
             "set model.precision to fp32, or check that the weights are whole",
         )
-    return values.tolist(), (logits.argmax(-1)[index] == wanted).tolist()
+    return values.tolist(), (torch.cat(likeliest)[index] == wanted).tolist()
 
 
 def _sums(values: Sequence[float], best: Sequence[bool], sizes: Sequence[int]) -> list[Likelihood]:
