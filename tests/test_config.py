@@ -79,7 +79,7 @@ def test_errors_inside_adapt_name_the_right_key():
         ("evaluate.fewshot=[0, -2]", "evaluate.fewshot must be at least 0, not -2"),
         ("evaluate.fewshot=[8, 8]", "twice"),
         ("evaluate.fewshot_examples=[static, static]", "twice"),
-        ("evaluate.fewshot_examples=[]", "at least 1"),
+        ("evaluate.fewshot_examples=[]", "must not be empty"),
         ("evaluate.pattern=a(", "go together"),
         ("evaluate={scorer: regex, pattern: 'a('}", "not a regular expression"),
         ("data.format=columns", "go together"),

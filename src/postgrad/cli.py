@@ -83,7 +83,8 @@ def demo(
     """Train and evaluate the embedded example.
 
     Fetches a 135M model and 14,000 licence notices once, tunes the model to name the licence, and
-    compares it with the untuned one, zero-shot and few-shot. Works offline from the second time on.
+    compares it with the untuned one, without examples and with the nearest ones in the prompt.
+    Works offline from the second time on.
     """
     return _staged("demo", minutes, _options(out, resume))
 
