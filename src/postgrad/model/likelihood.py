@@ -21,7 +21,7 @@ from postgrad.model.decode import Prefix, can_share, read_prefix, steady_length
 from postgrad.model.token_tree import TokenTree, grow, make_layout, tree_attention
 from postgrad.types import IntArray
 
-PASS_TOKENS = {"cpu": 1024}
+PASS_TOKENS = {"cpu": 2048}
 """Tokens of one forward pass by kind of device, `MOST_PASS_TOKENS` elsewhere."""
 MOST_PASS_TOKENS = 16384
 SAVED_TOKENS = 512
