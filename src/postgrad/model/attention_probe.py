@@ -17,8 +17,8 @@ from postgrad.model.layout import Layout
 CERTAIN = 128
 """Documents up to this many tokens are always bucketed: the flash kernel takes several times as
 long there (LOG.md)."""
-PROBE_TOKENS = 1024
-"""Tokens of one timed pass, in documents of equal length."""
+PROBE_TOKENS = 512
+"""Tokens of one timed pass at least, in documents of equal length."""
 LENGTHS = (256, 512, 1024)
 """Lengths of documents that are tried, the longest of the rows in place of those beyond it."""
 KEY_HEADS = 2
