@@ -183,11 +183,11 @@ def test_no_forward_pass_looks_for_packed_documents(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("window", [None, 1, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 33])
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 2, 64), (9, 3, 64), (4, 4, 128),
                                                           (4, 1, 36)])  # fmt: skip
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("lengths", [LENGTHS[0], *LENGTHS[-2:]], ids=str)
 def test_on_a_device_it_equals_the_definition(cuda, lengths, heads, kv_heads, width, window, dtype):
     """2 % of the norm in half precision, 1e-4 in float32."""
     given = inputs(sum(lengths), heads, kv_heads, width, dtype, cuda)
