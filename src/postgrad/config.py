@@ -17,6 +17,7 @@ from pydantic import (
     Discriminator,
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Tag,
@@ -218,6 +219,10 @@ class TrainConfig(Section):
     """Longest time between two checkpoints; one is also saved at every evaluation."""
     threads: PositiveInt | Auto = "auto"
     """CPU threads. auto = the fastest of 1, half and all, measured at start and kept on resume."""
+    attention_bucket_tokens: NonNegativeInt | Auto = "auto"
+    """On a CPU, attention of documents up to this many tokens is computed in batched matrix
+    products, that of longer ones by torch's flash kernel. auto = where they cross on this machine,
+    measured at start and kept on resume. Changes speed, never the result beyond rounding."""
     merge: bool = False
     """Also write the adapter merged into the base as a plain Transformers directory."""
     merge_tolerance: PositiveFloat = 0.02

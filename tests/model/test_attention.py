@@ -5,15 +5,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
-
-from postgrad.model import attention
-from postgrad.model.attention import (
-    make_layout,
-    packed_attention,
-    reference_attention,
-    training_attention,
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
 )
+
+from postgrad.errors import ModelError
+from postgrad.model import attention, buckets, kernels
+from postgrad.model.attention import packed_attention, training_attention
+from postgrad.model.layout import Layout, layout_of_positions, reference_attention
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings(
@@ -23,15 +35,25 @@ pytestmark = pytest.mark.filterwarnings(
 LENGTHS = [
     (1,),
     (2,),
-    (37,),
-    (430,),
+    (127,),
+    (641,),
     (1, 1, 1),
-    (2, 1, 2, 1),
+    (2, 1, 127, 1),
     (40, 38, 37, 5, 3, 1),
-    (7, 64, 11, 401, 2, 350, 63),
+    (7, 64, 11, 401, 2, 63),
     (13,) * 9,
 ]
-REALISATIONS = {"mixed": attention.BUCKET_LIMIT, "bucketed": 10_000, "flash": 0}
+REALISATIONS = {"mixed": 127, "bucketed": 10_000, "flash": 0}
+"""Names of realisations -> documents up to this many tokens are bucketed."""
+WINDOWS = [None, 40, 200]
+HEADS = [(4, 2), (6, 2), (3, 3), (4, 1)]
+
+
+@pytest.fixture(params=["compiled", "tensors"])
+def kernel(request, monkeypatch):
+    """Run a test with the compiled kernels and with tensor operations."""
+    if request.param == "tensors":
+        monkeypatch.setattr(kernels, "kernels", lambda: kernels.Kernels(None, "off"))
 
 
 def inputs(total, heads, kv_heads, width=16, dtype=torch.float32, seed=0):
@@ -48,39 +70,66 @@ def results(run, q, k, v):
     return [out, *torch.autograd.grad(out, (q, k, v), cotangent.to(out.dtype))]
 
 
-def reference(lengths, q, k, v):
-    scale = q.shape[-1] ** -0.5
-    return results(
-        lambda q, k, v: reference_attention(q, k, v, lengths, scale).transpose(1, 2), q, k, v
-    )
+def reference(lengths, q, k, v, window=None, softcap=None):
+    def run(*qkv):
+        q, k, v = (x[0].transpose(0, 1) for x in qkv)
+        scale = q.shape[-1] ** -0.5
+        return reference_attention(q, k, v, Layout(lengths, window), scale, softcap).unsqueeze(0)
+
+    return results(run, q, k, v)
 
 
-def packed(lengths, limit, q, k, v, **options):
-    layout = make_layout(lengths, bucket_limit=limit)
-    return results(
-        lambda q, k, v: packed_attention(None, q, k, v, None, layout=layout, **options)[0], q, k, v
-    )
+def packed(lengths, limit, q, k, v, window=None, **options):
+    options |= {"layout": Layout(lengths), "bucket_limit": limit, "sliding_window": window}
+    return results(lambda q, k, v: packed_attention(None, q, k, v, None, **options)[0], q, k, v)
 
 
-@pytest.mark.parametrize("limit", REALISATIONS.values(), ids=REALISATIONS.keys())
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (6, 2), (3, 3), (4, 1)])
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_float32_equals_the_definition(lengths, heads, kv_heads, limit):
-    q, k, v = inputs(sum(lengths), heads, kv_heads)
-    pairs = zip(packed(lengths, limit, q, k, v), reference(lengths, q, k, v), strict=True)
-    for ours, theirs in pairs:
-        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
+def assert_equal(ours, exact):
+    for one, other in zip(ours, exact, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("limit", REALISATIONS.values(), ids=REALISATIONS.keys())
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_bfloat16_stays_within_its_rounding(lengths, limit):
+def assert_within_bfloat16(ours, exact):
     """2 % of the norm: bf16 keeps 8 bits (0.4 %), scores, probabilities and results are rounded."""
-    q, k, v = inputs(sum(lengths), 4, 2, dtype=torch.bfloat16)
-    exact = reference(lengths, *(x.detach().float().requires_grad_() for x in (q, k, v)))
-    for ours, theirs in zip(packed(lengths, limit, q, k, v), exact, strict=True):
-        assert ours.dtype == torch.bfloat16
-        assert (ours.float() - theirs).norm() <= 0.02 * theirs.norm() + 1e-6
+    for one, other in zip(ours, exact, strict=True):
+        assert one.dtype == torch.bfloat16
+        assert (one.float() - other).norm() <= 0.02 * other.norm() + 1e-6
+
+
+def in_float32(*tensors):
+    return [x.detach().float().requires_grad_() for x in tensors]
+
+
+@pytest.mark.parametrize("limit", REALISATIONS.values(), ids=REALISATIONS.keys())
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_float32_equals_the_definition(lengths, window, limit):
+    for heads, kv_heads in HEADS if sum(lengths) < 200 else HEADS[1:2]:
+        q, k, v = inputs(sum(lengths), heads, kv_heads)
+        ours = packed(lengths, limit, q, k, v, window)
+        assert_equal(ours, reference(lengths, q, k, v, window))
+
+
+@pytest.mark.parametrize("limit", REALISATIONS.values(), ids=REALISATIONS.keys())
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_bfloat16_stays_within_its_rounding(lengths, window, limit):
+    q, k, v = inputs(sum(lengths), 6, 2, dtype=torch.bfloat16)
+    exact = reference(lengths, *in_float32(q, k, v), window)
+    assert_within_bfloat16(packed(lengths, limit, q, k, v, window), exact)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("lengths", [(127, 2, 1), (450,)], ids=str)
+def test_capped_scores_and_windows_with_and_without_kernels(lengths, window, softcap, kernel):
+    q, k, v = inputs(sum(lengths), 6, 2)
+    ours = packed(lengths, 10_000, q, k, v, window, softcap=softcap)
+    assert_equal(ours, reference(lengths, q, k, v, window, softcap))
+    q, k, v = (x.detach().bfloat16().requires_grad_() for x in (q, k, v))
+    ours = packed(lengths, 10_000, q, k, v, window, softcap=softcap)
+    exact = reference(lengths, *in_float32(q, k, v), window, softcap)
+    assert_within_bfloat16(ours, exact)
 
 
 @settings(max_examples=40, deadline=None)
@@ -88,80 +137,97 @@ def test_bfloat16_stays_within_its_rounding(lengths, limit):
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=12),
     limit=st.integers(0, 64),
     kv_heads=st.sampled_from([1, 2, 4]),
+    window=st.none() | st.integers(1, 70),
 )
-def test_any_documents_in_any_order_equal_the_definition(lengths, limit, kv_heads):
+def test_any_documents_in_any_order_equal_the_definition(lengths, limit, kv_heads, window):
     q, k, v = inputs(sum(lengths), 4, kv_heads, width=8)
-    pairs = zip(packed(lengths, limit, q, k, v), reference(lengths, q, k, v), strict=True)
-    for ours, theirs in pairs:
-        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
+    ours = packed(tuple(lengths), limit, q, k, v, window)
+    assert_equal(ours, reference(tuple(lengths), q, k, v, window))
 
 
 @given(
     lengths=st.lists(st.integers(1, 700), min_size=1, max_size=60), limit=st.sampled_from([0, 320])
 )
-def test_a_layout_holds_every_token_once(lengths, limit):
-    layout = make_layout(lengths, bucket_limit=limit)
-    seen = [index for start, end in layout.long for index in range(start, end)]
-    for bucket in layout.buckets:
-        assert bucket.count == 1 or bucket.index.numel() <= attention.BUCKET_TOKENS
+def test_buckets_hold_every_token_of_the_short_documents_once(lengths, limit):
+    seen = []
+    for bucket in buckets.make_buckets(tuple(lengths), limit):
+        assert bucket.count == 1 or bucket.index.numel() <= buckets.BUCKET_TOKENS
         kept = bucket.index[bucket.index < sum(lengths)].tolist()
         assert (len(kept) < bucket.index.numel()) == bucket.padded
         assert len(kept) >= 0.5 * bucket.index.numel() or bucket.length < 32
         seen += kept
-    assert sorted(seen) == list(range(sum(lengths)))
+    start, short = 0, []
+    for length in lengths:
+        short += range(start, start + length) if length <= limit else ()
+        start += length
+    assert sorted(seen) == short
 
 
-def windowed(lengths, window, q, k, v):
-    """The definition with a sliding window: a dense mask, float64."""
-    group = q.shape[1] // k.shape[1]
-    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    order = torch.arange(sum(lengths))
-    distance = order[:, None] - order[None, :]
-    allowed = (document[:, None] == document) & (distance >= 0) & (distance < window)
-
-    def run(q, k, v):
-        k, v = (x.double().repeat_interleave(group, 1) for x in (k, v))
-        scores = (q.double() @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
-        weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
-        return (weights @ v).transpose(1, 2).to(q.dtype)
-
-    return results(run, q, k, v)
+def test_a_window_that_hides_nothing_is_no_window():
+    assert Layout((3, 5), 5) == Layout((3, 5))
+    assert Layout((3, 5), 4).window == 4
 
 
-@pytest.mark.parametrize("window", [1, 5, 40, 64])
-@pytest.mark.parametrize("lengths", [(40,), (5, 40, 1, 17), (41, 3)], ids=str)
-def test_a_window_shorter_than_a_document_is_obeyed(lengths, window):
-    q, k, v = inputs(sum(lengths), 4, 2)
-    ours = packed(lengths, attention.BUCKET_LIMIT, q, k, v, sliding_window=window)
-    for one, other in zip(ours, windowed(lengths, window, q, k, v), strict=True):
-        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-5)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=8))
+def test_positions_say_where_documents_begin(lengths):
+    positions = [position for length in lengths for position in range(length)]
+    assert layout_of_positions(positions).lengths == tuple(lengths)
 
 
+def test_a_long_document_under_a_window_takes_blocks(monkeypatch):
+    """No call sees more keys than a block of queries and its window."""
+    seen = []
+    kernel = functional.scaled_dot_product_attention
+
+    def spy(q, k, v, **options):
+        seen.append((q.shape[2], k.shape[2]))
+        return kernel(q, k, v, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", spy)
+    packed((641, 30), 0, *inputs(671, 4, 2), window=50)
+    assert seen == [(128, 128), *[(128, 177)] * 4, (1, 50), (30, 30)]
+
+
+@pytest.mark.parametrize("limit", [0, 16])
 @pytest.mark.parametrize("window", [None, 6])
-def test_unpacked_rows_are_causal_each_on_its_own(window):
+def test_unpacked_rows_are_causal_each_on_its_own(window, limit):
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(3, 4, 11, 8, generator=generator)
     k, v = (torch.randn(3, 2, 11, 8, generator=generator) for _ in range(2))
-    out, weights = packed_attention(None, q, k, v, None, sliding_window=window)
+    out, weights = packed_attention(None, q, k, v, None, sliding_window=window, bucket_limit=limit)
     assert weights is None
     for row in range(3):
         part = [x[row : row + 1].requires_grad_() for x in (q, k, v)]
-        exact = windowed([11], window or 11, *part)[0] if window else reference((11,), *part)[0]
+        exact = reference((11,), *part, window)[0]
         torch.testing.assert_close(out[row : row + 1], exact, atol=2e-5, rtol=1e-5)
 
 
 def test_the_scale_is_the_models():
     q, k, v = inputs(9, 2, 2)
-    layout = make_layout((5, 4))
-    out = packed_attention(None, q, k, v, None, scaling=0.7, layout=layout)[0]
-    exact = reference_attention(q, k, v, (5, 4), 0.7).transpose(1, 2)
+    out = packed_attention(None, q, k, v, None, scaling=0.7, layout=Layout((5, 4)))[0]
+    rows = (x[0].transpose(0, 1) for x in (q, k, v))
+    exact = reference_attention(*rows, Layout((5, 4)), 0.7).unsqueeze(0)
     torch.testing.assert_close(out, exact, atol=2e-5, rtol=1e-5)
 
 
 def test_reference_agrees_with_torch_on_one_document():
     q, k, v = inputs(23, 4, 4)
     torchs = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    torch.testing.assert_close(reference_attention(q, k, v, (23,), 0.25), torchs)
+    torch.testing.assert_close(reference((23,), q, k, v)[0], torchs.transpose(1, 2))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_dropout_drops_probabilities_and_keeps_their_mean(window):
+    q, k, v = inputs(8, 2, 2)
+    options = {"layout": Layout((5, 3)), "sliding_window": window}
+    torch.manual_seed(0)
+    with torch.no_grad():
+        many = [
+            packed_attention(None, q, k, v, None, dropout=0.2, **options)[0] for _ in range(500)
+        ]
+        plain = packed_attention(None, q, k, v, None, **options)[0]
+    assert not torch.equal(many[0], many[1])
+    torch.testing.assert_close(torch.stack(many).mean(0), plain, atol=0.2, rtol=0.05)
 
 
 SHAPE = {
@@ -176,13 +242,55 @@ SHAPE = {
 }
 
 
-@pytest.fixture(scope="module", params=["llama", "mistral"])
+GEMMA = {**SHAPE, "head_dim": 8, "sliding_window": 9}
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(sliding_window=9, **SHAPE)),
+    "stablelm": lambda: StableLmForCausalLM(StableLmConfig(**SHAPE)),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(attn_logit_softcapping=2.0, **GEMMA)),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(layer_types=["sliding_attention", "full_attention"], **GEMMA)
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def model(request):
-    """A tiny Llama, and a tiny Mistral whose window is shorter than most documents."""
+    """Tiny models; windows are shorter than most documents, StableLM hands no layout on."""
     torch.manual_seed(0)
-    if request.param == "llama":
-        return LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
-    return MistralForCausalLM(MistralConfig(sliding_window=9, **SHAPE)).eval()
+    return MODELS[request.param]().eval()
+
+
+REFUSED = {
+    "s_aux": lambda: GptOssForCausalLM(GptOssConfig(head_dim=8, num_local_experts=2, **SHAPE)),
+    "chunked_overlay": lambda: Llama4ForCausalLM(
+        Llama4TextConfig(
+            head_dim=8,
+            attention_chunk_size=8,
+            num_local_experts=2,
+            intermediate_size_mlp=48,
+            **{**SHAPE, "num_hidden_layers": 4},
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_computed_is_refused_by_name(name):
+    model = REFUSED[name]()
+    with training_attention(model), pytest.raises(ModelError, match=name):
+        model(torch.arange(12)[None], use_cache=False)
+
+
+def test_masks_biases_and_two_directions_are_refused():
+    q, k, v = inputs(4, 2, 2)
+    with pytest.raises(ModelError, match="a mask of its own"):
+        packed_attention(None, q, k, v, torch.zeros(1, 1, 4, 4))
+    for keyword in ({"position_bias": q}, {"is_causal": False}):
+        with pytest.raises(ModelError, match=next(iter(keyword))):
+            packed_attention(None, q, k, v, None, **keyword)
+    with pytest.raises(ModelError, match="capped"):
+        packed_attention(None, q, k, v, None, softcap=1.0, dropout=0.1)
 
 
 @pytest.mark.parametrize("lengths", [(6, 5, 1, 30, 2), (340, 8), (12,)], ids=str)
@@ -198,7 +306,7 @@ def test_a_packed_row_gives_each_document_the_logits_it_has_alone(model, lengths
     model.train(checkpointing)
     with training_attention(model):
         together = model(
-            torch.cat(documents, 1), position_ids=positions, layout=make_layout(lengths)
+            torch.cat(documents, 1), position_ids=positions, layout=Layout(lengths)
         ).logits
         together.square().sum().backward()
     ours = [p.grad.clone() for p in model.parameters()]
@@ -232,8 +340,18 @@ def test_padded_rows_give_the_logits_of_separate_documents(model):
 def test_the_models_own_attention_comes_back_even_after_an_error(model):
     before = model.config._attn_implementation
     with training_attention(model):
-        assert model.config._attn_implementation == attention.NAME
+        assert attention.is_ours(model)
     assert model.config._attn_implementation == before
     with pytest.raises(RuntimeError, match="inside"), training_attention(model):
         raise RuntimeError("inside")
     assert model.config._attn_implementation == before
+
+
+def test_an_inner_block_keeps_the_limit_of_the_outer(model):
+    with training_attention(model, 100):
+        chosen = model.config._attn_implementation
+        with training_attention(model):
+            assert model.config._attn_implementation == chosen
+        with training_attention(model, 50):
+            assert model.config._attn_implementation != chosen
+        assert model.config._attn_implementation == chosen

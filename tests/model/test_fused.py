@@ -6,7 +6,8 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig
 
 from postgrad.model import fused, kernels
-from postgrad.model.attention import make_layout, training_attention
+from postgrad.model.attention import training_attention
+from postgrad.model.layout import Layout
 from postgrad.train.sft import _FusedCrossEntropy
 
 ROWS = (1, 2, 7, 130)
@@ -188,7 +189,7 @@ def test_gradients_of_a_whole_model_are_those_of_its_own_code(llama, realisation
     for inside in (training_attention, fused.own_layers):
         llama.zero_grad()
         with inside(llama):
-            more = {"layout": make_layout(lengths)} if inside is training_attention else {}
+            more = {"layout": Layout(lengths)} if inside is training_attention else {}
             out = llama(input_ids=ids, position_ids=positions, use_cache=False, **more)
             out.logits.square().sum().backward()
         found.append({name: p.grad.clone() for name, p in llama.named_parameters()})

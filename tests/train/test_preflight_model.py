@@ -6,20 +6,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from postgrad.config import DataConfig, LoraConfig, ModelConfig, Recipe, TrainConfig
 from postgrad.data.render import Renderer
-from postgrad.model.attention import NAME, training_attention
+from postgrad.errors import ModelError
+from postgrad.model.attention import is_ours, training_attention
 from postgrad.model.lora import add_lora
 from postgrad.train.memory import available_bytes, peak_memory, used_bytes
 from postgrad.train.preflight import failed, may_pack, preflight, refuse
 from postgrad.train.preflight.memory import fits_in_memory
 from postgrad.train.preflight.model import (
+    LONG_PROBE_TOKENS,
     PROBE_TOKENS,
     TOLERANCES,
     check_model,
+    long_probe_tokens,
     packing_isolation,
     probe_rows,
     untrained_token_ids,
 )
-from postgrad.train.sft import SupervisedFineTuning
+from postgrad.train.sft import SupervisedFineTuning, has_plain_head
 from postgrad.types import Check, Conversation, Example, LossSum, Message
 
 FLOAT32 = TOLERANCES[torch.float32]
@@ -110,8 +113,40 @@ def test_the_reference_shares_no_attention_with_training(model, renderings):
     model.register_forward_pre_hook(lambda m, _: seen.append(m.config._attn_implementation))
     with training_attention(model):
         assert failing(run(model, renderings)) == []
-        assert model.config._attn_implementation == NAME
+        assert is_ours(model)
     assert seen == ["sdpa"] * 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("StableLm", {}), ("Gemma2", {"head_dim": 8, "attn_logit_softcapping": 2.0})],
+)
+def test_models_that_drop_the_layout_or_cap_their_scores_pack_and_match(
+    kind, settings, tiny_model_dir, renderings
+):
+    model = other_model(kind, tiny_model_dir, **settings)
+    found = run(model, renderings, SupervisedFineTuning(has_plain_head(model)))
+    assert failing(found) == []
+    assert may_pack(tuple(found.values()))
+
+
+def test_attention_sinks_are_refused_by_name(tiny_model_dir, renderings):
+    model = other_model("GptOss", tiny_model_dir, head_dim=8, num_local_experts=2)
+    with pytest.raises(ModelError, match="s_aux"):
+        run(model, renderings)
+
+
+def test_the_long_probe_row_goes_past_the_limit_if_a_row_does(renderer):
+    rows = renderer.inspect_all([example(99, "number " * 900, "yes")])
+    longest = len(rows[0].tokens)
+
+    def tokens(limit):
+        return long_probe_tokens(rows, TrainConfig(attention_bucket_tokens=limit))
+
+    assert longest > 600
+    assert tokens("auto") == tokens(0) == tokens(longest) == LONG_PROBE_TOKENS
+    assert tokens(600) == 616
+    assert len(probe_rows(rows, tokens(600))[0]) == 616
 
 
 @pytest.mark.parametrize("autocast", [False, True])

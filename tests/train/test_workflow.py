@@ -13,6 +13,7 @@ from postgrad.data.dataset import load_dataset
 from postgrad.errors import TrainingError
 from postgrad.model import compiled, lora
 from postgrad.model.attention import training_attention
+from postgrad.model.attention_probe import CERTAIN, AttentionProbe
 from postgrad.progress import SilentDisplay
 from postgrad.run import create_run, verify_checksums
 from postgrad.train import session as session_module
@@ -41,6 +42,7 @@ FACTS = {
     "gradient_checkpointing",
     "torch_compile",
     "threads",
+    "attention_bucket_tokens",
     "precision",
     "packed",
     "restored_loss",
@@ -250,6 +252,9 @@ def test_a_session_resolves_every_auto(tiny_model_dir, tmp_path):
         train.eval_steps,
         train.eval_rows,
         train.threads,
+        train.attention_bucket_tokens,
     }
     assert len(session.stream(True)) == 6
+    assert session.attention_probe == AttentionProbe(CERTAIN, {}), "rows too short to measure"
+    assert session.attention_probe.limit == train.attention_bucket_tokens
     assert all(p.grad is None for p in session.model.parameters())

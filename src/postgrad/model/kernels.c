@@ -216,14 +216,21 @@ void NAME(cross_entropy)(ELEMENT *restrict logits, const int64_t *restrict label
     }
 }
 
-/* Softmax of scores[row, 0 .. visible] times `factor`, zeros behind; visible = row % length: the causal
-   mask of queries stacked `length` by `length`. Scores [rows, length] become probabilities; the factor is
-   positive and the length at most a few thousand (one row of float32 lies on the stack). */
-void NAME(causal_softmax)(ELEMENT *restrict scores, float factor, int64_t rows, int64_t length) {
+/* Softmax of scores[row, first .. last] times `factor`, zeros elsewhere; last = row % length (the causal
+   mask of queries stacked `length` by `length`), first = last - window + 1, not below 0. Scores [rows,
+   length] become probabilities; the factor is positive and the length at most a few thousand (one row of
+   float32 lies on the stack). */
+void NAME(causal_softmax)(ELEMENT *restrict scores, float factor, int64_t rows, int64_t length,
+                          int64_t window) {
     ROWS
     for (int64_t row = 0; row < rows; row++) {
         ELEMENT *line = scores + row * length;
-        int64_t count = row % length + 1;
+        int64_t count = row % length + 1, behind = length - count;
+        if (count > window) {
+            memset(line, 0, (count - window) * sizeof(ELEMENT));
+            line += count - window;
+            count = window;
+        }
         float highest = -INFINITY, sum = 0.0f, powers[length];
 #pragma omp simd reduction(max : highest)
         for (int64_t i = 0; i < count; i++) {
@@ -239,19 +246,24 @@ void NAME(causal_softmax)(ELEMENT *restrict scores, float factor, int64_t rows, 
 #pragma omp simd
         for (int64_t i = 0; i < count; i++)
             line[i] = STORE(powers[i] * inverse);
-        for (int64_t i = count; i < length; i++)
-            line[i] = 0;
+        memset(line + count, 0, behind * sizeof(ELEMENT));
     }
 }
 
-/* dscores = factor p (dp - sum(dp p)), written over dp; zeros behind the diagonal. */
+/* dscores = factor p (dp - sum(dp p)), written over dp; zeros where causal_softmax has them. */
 void NAME(causal_softmax_backward)(ELEMENT *restrict dp, const ELEMENT *restrict p, float factor,
-                                   int64_t rows, int64_t length) {
+                                   int64_t rows, int64_t length, int64_t window) {
     ROWS
     for (int64_t row = 0; row < rows; row++) {
         ELEMENT *line = dp + row * length;
         const ELEMENT *share = p + row * length;
-        int64_t count = row % length + 1;
+        int64_t count = row % length + 1, behind = length - count;
+        if (count > window) {
+            memset(line, 0, (count - window) * sizeof(ELEMENT));
+            line += count - window;
+            share += count - window;
+            count = window;
+        }
         float dot = 0.0f;
 #pragma omp simd reduction(+ : dot)
         for (int64_t i = 0; i < count; i++)
@@ -259,8 +271,7 @@ void NAME(causal_softmax_backward)(ELEMENT *restrict dp, const ELEMENT *restrict
 #pragma omp simd
         for (int64_t i = 0; i < count; i++)
             line[i] = STORE(factor * LOAD(share[i]) * (LOAD(line[i]) - dot));
-        for (int64_t i = count; i < length; i++)
-            line[i] = 0;
+        memset(line + count, 0, behind * sizeof(ELEMENT));
     }
 }
 

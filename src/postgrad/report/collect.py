@@ -143,6 +143,7 @@ class Training:
     tokens_per_batch: int | None = None
     micro_batch_tokens: int | None = None
     threads: int | None = None
+    attention_bucket_tokens: int | None = None
     precision: str | None = None
     packed: bool | None = None
     restored_loss: float | None = None

@@ -184,9 +184,14 @@ def training_facts(report: Report) -> Html | None:
             ("Tokens per batch", _count(t.tokens_per_batch)),
             ("Tokens per forward pass", _count(t.micro_batch_tokens)),
             ("Precision", t.precision or NOT_MEASURED),
+            ("Attention in batches up to", _tokens(t.attention_bucket_tokens)),
             ("Packed", {True: "yes", False: "no", None: NOT_MEASURED}[t.packed]),
         ]
     )
+
+
+def _tokens(value: int | None) -> str:
+    return NOT_MEASURED if value is None else f"{count(value)} tokens"
 
 
 def _count(value: float | None) -> str:

@@ -39,6 +39,7 @@ def estimate_session(session: Session) -> dict[str, Any]:
         "learning_rate": train.learning_rate,
         "gradient_checkpointing": train.gradient_checkpointing,
         "threads": train.threads,
+        "attention_bucket_tokens": train.attention_bucket_tokens,
         "evaluations": evaluations,
         "validation_tokens": validation.tokens,
         "trainable_parameters": parameters,

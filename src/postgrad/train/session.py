@@ -18,6 +18,7 @@ from postgrad.errors import DataError, TrainingError
 from postgrad.machine import available_cores
 from postgrad.model import compiled, lora
 from postgrad.model.attention import training_attention
+from postgrad.model.attention_probe import AttentionProbe, probe_attention
 from postgrad.model.load import Loaded, device, load
 from postgrad.train.held_out import Validation
 from postgrad.train.memory import available_bytes
@@ -51,6 +52,8 @@ class Session:
     dropped: tuple[Dropped, ...]
     """Rows cut or left out because of their length or template."""
     objective: SupervisedFineTuning
+    attention_probe: AttentionProbe | None = None
+    """What was measured at this start; None where the recipe says it or on a GPU."""
 
     @property
     def model(self) -> Any:
@@ -59,7 +62,8 @@ class Session:
 
     def attention(self) -> AbstractContextManager[None]:
         """Return a block inside which the model runs with packed attention."""
-        return training_attention(self.model)
+        limit = self.recipe.train.attention_bucket_tokens
+        return training_attention(self.model, None if limit == "auto" else limit)
 
     def checks(self, data_checks: Sequence[Check]) -> tuple[Check, ...]:
         """Run pre-flight on this session."""
@@ -201,19 +205,46 @@ def _resolved(session: Session) -> Session:
     if threads == "auto":
         threads = 1 if device().type == "cuda" else fastest_threads(session)
     torch.set_num_threads(threads)
+    session = _with_attention(_with(session, train.model_copy(update={"threads": threads})))
     steps = len(session.stream(packed=True))
     every = train.eval_steps if train.eval_steps != "auto" else auto_eval_steps(steps)
-    compiling = train.torch_compile
-    if compiling == "auto":
-        compiling = compiled.available() and compiled.pays(predicted_seconds(session))
-    elif compiling and not compiled.available():
+    compiling = _compiling(session)
+    compiled.switch(compiling)
+    found = {"eval_steps": every, "torch_compile": compiling}
+    return _with(session, session.recipe.train.model_copy(update=found))
+
+
+def _compiling(session: Session) -> bool:
+    """Whether definitions are compiled for the device: when asked for, or when it pays."""
+    choice = session.recipe.train.torch_compile
+    if choice == "auto":
+        return compiled.available() and compiled.pays(predicted_seconds(session))
+    if choice and not compiled.available():
         raise TrainingError(
             "train.torch_compile is true, but there is no CUDA device with Triton here",
             "set it to auto or false",
         )
-    compiled.switch(compiling)
-    found = {"threads": threads, "eval_steps": every, "torch_compile": compiling}
-    return _with(session, train.model_copy(update=found))
+    return choice
+
+
+def _with_attention(session: Session) -> Session:
+    """Measure up to which length documents are bucketed; nothing is bucketed on a GPU."""
+    train, probe = session.recipe.train, None
+    if train.attention_bucket_tokens != "auto":
+        return session
+    if device().type == "cpu":
+        config = session.model.config.get_text_config()
+        heads = config.num_attention_heads
+        probe = probe_attention(
+            max(len(row) for row in (*session.training, *session.validation)),
+            heads,
+            getattr(config, "num_key_value_heads", None) or heads,
+            getattr(config, "head_dim", None) or config.hidden_size // heads,
+            torch.bfloat16 if session.objective.autocast else session.loaded.dtype,
+        )
+    limit = probe.limit if probe else 0
+    session = _with(session, train.model_copy(update={"attention_bucket_tokens": limit}))
+    return replace(session, attention_probe=probe)
 
 
 def _with(session: Session, train: Any) -> Session:

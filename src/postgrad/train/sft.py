@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from postgrad.model.attention import make_layout
 from postgrad.model.fused import cross_entropy
+from postgrad.model.layout import Layout
 from postgrad.model.transfer import on_device
 from postgrad.types import Batch, LossSum
 
@@ -136,7 +136,10 @@ def _row_length(batch: Batch) -> int:
 
 
 def model_inputs(batch: Batch, device: Any) -> dict[str, Any]:
-    """Return what the model gets: ids, positions, and the layout of a packed row.
+    """Return what the model gets: ids, positions, and the layout of the rows.
+
+    Padded rows are documents of equal length. Without a layout attention would look for documents
+    in the positions of a single row, and wait for the device to read them.
 
     Never a 2-D attention mask: with Transformers any such mask switches packing isolation off.
     """
@@ -151,6 +154,6 @@ def model_inputs(batch: Batch, device: Any) -> dict[str, Any]:
         "position_ids": on_device(positions, device),
         "use_cache": False,
     }
-    if batch.packed:
-        inputs["layout"] = make_layout(lengths, device=device)
+    rows, length = ids.shape
+    inputs["layout"] = Layout(lengths if batch.packed else (length,) * rows)
     return inputs

@@ -16,6 +16,8 @@ from postgrad.run import Run, sha256_file
 STEPS = 12
 """Optimizer steps of the proof; evaluations every fourth."""
 VOLATILE = ("seconds",)
+MEASURED = ("threads", "micro_batch_tokens", "attention_bucket_tokens")
+"""Keys whose `auto` depends on the moment: two runs may choose differently, a resumed one not."""
 
 
 def verify_resume(recipe: Recipe, folder: Path, display: Display) -> dict[str, Any]:
@@ -34,6 +36,7 @@ def verify_resume(recipe: Recipe, folder: Path, display: Display) -> dict[str, A
     path.write_text(short.to_yaml(), encoding="utf-8")
     display.stage("uninterrupted training")
     straight = train(path, folder / "straight")
+    path.write_text(_as_measured(short, straight).to_yaml(), encoding="utf-8")
     display.stage("training, killed in the middle")
     killed_at = kill_midway(path, folder / "killed", after_step=STEPS // 2)
     display.stage("resuming")
@@ -46,6 +49,12 @@ def verify_resume(recipe: Recipe, folder: Path, display: Display) -> dict[str, A
             "`postgrad doctor --json`",
         )
     return {"exact": True, "steps": STEPS, "killed_after_step": killed_at, "compared": 2}
+
+
+def _as_measured(recipe: Recipe, run: Run) -> Recipe:
+    """What a run measured on this machine, for another that must equal it bit by bit."""
+    measured = {name: getattr(run.config.train, name) for name in MEASURED}
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=measured)})
 
 
 def train(recipe: Path, out: Path, *flags: str) -> Run:

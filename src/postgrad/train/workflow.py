@@ -1,6 +1,7 @@
 """Train, restore the best weights, prove that they are the best, export them, prove that too."""
 
 import functools
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ def train_model(session: Session, run: Run, packed: bool, display: Display) -> d
     start = resume(run, session.model, optimizer)
     if start is None:
         torch.manual_seed(session.recipe.seed)
+    if session.attention_probe is not None:
+        run.event("attention-measured", **asdict(session.attention_probe))
     if not session.objective.fused:
         run.event("logits-kept", reason="this model scales or caps its logits")
     stopping = config.early_stopping
@@ -132,6 +135,7 @@ def _facts(
         "gradient_checkpointing": train.gradient_checkpointing,
         "torch_compile": train.torch_compile,
         "threads": train.threads,
+        "attention_bucket_tokens": train.attention_bucket_tokens,
         "precision": str(session.loaded.dtype).removeprefix("torch."),
         "packed": packed,
     }

@@ -17,7 +17,7 @@ from torch.nn import functional
 from postgrad.config import TrainConfig
 from postgrad.data.batches import micro_batches
 from postgrad.data.render import Rendering
-from postgrad.model.attention import BUCKET_LIMIT, NAME, training_attention
+from postgrad.model.attention import BUCKET_LIMIT, is_ours, training_attention
 from postgrad.model.fused import own_layers
 from postgrad.train.objective import Objective
 from postgrad.train.optimizer import trainable
@@ -29,8 +29,7 @@ PROBE_ROWS = 4
 PROBE_TOKENS = 96
 """Tokens of a row that go through a probe: its end, where the answer is."""
 LONG_PROBE_TOKENS = BUCKET_LIMIT + 16
-"""Tokens of the first probe row, if the user's rows are so long: long documents take another
-realisation of attention, which must agree as well."""
+"""Tokens of the first probe row at least, if the user's rows are so long."""
 SAMPLED_ELEMENTS = 20_000_000
 """Gradient elements that are compared one by one; norms are over all."""
 
@@ -73,10 +72,11 @@ def check_model(
         micro_batch_tokens: the resolved size of a forward pass.
         precision: what matrix products are computed in; decides the tolerances.
     """
-    rows = probe_rows(renderings)
+    long_tokens = long_probe_tokens(renderings, config)
+    rows = probe_rows(renderings, long_tokens)
     tolerance = TOLERANCES.get(precision, TOLERANCES[torch.bfloat16])
     with undisturbed(model):
-        isolation = packing_isolation(model, rows, config.packing)
+        isolation = packing_isolation(model, rows, config.packing, long_tokens)
         packed = bool(isolation.data["packed"])
         with training_attention(model):
             ours = measure(model, _objective_losses(model, objective, rows, packed), rows)
@@ -104,18 +104,32 @@ def undisturbed(model: Any) -> Iterator[None]:
         model.zero_grad(set_to_none=True)
 
 
-def probe_rows(renderings: Sequence[Rendering]) -> list[Tokens]:
+def long_probe_tokens(renderings: Sequence[Rendering], config: TrainConfig) -> int:
+    """Return how long the first probe row is.
+
+    Long documents may take another realisation of attention, which must agree as well.
+    """
+    limit = config.attention_bucket_tokens
+    longest = max(len(r.tokens) for r in renderings if r.tokens is not None)
+    if limit == "auto" or limit >= longest:
+        return LONG_PROBE_TOKENS
+    return max(LONG_PROBE_TOKENS, limit + 16)
+
+
+def probe_rows(
+    renderings: Sequence[Rendering], long_tokens: int = LONG_PROBE_TOKENS
+) -> list[Tokens]:
     """Choose rows of about median length and take the end of each; never fewer than two."""
     rows = [r.tokens for r in renderings if r.tokens is not None and r.tokens.supervised > 0]
     assert rows, "rows without supervised tokens are refused before"
     median = float(np.median([len(row) for row in rows]))
     chosen = sorted(rows, key=lambda row: abs(len(row) - median))[:PROBE_ROWS]
     longest = max(rows, key=len)
-    if len(longest) > BUCKET_LIMIT:
+    if len(longest) > long_tokens - 16:
         chosen = [longest, *chosen[: PROBE_ROWS - 1]]
     if len(chosen) == 1:
         chosen *= 2
-    limits = [LONG_PROBE_TOKENS, *[PROBE_TOKENS] * (len(chosen) - 1)]
+    limits = [long_tokens, *[PROBE_TOKENS] * (len(chosen) - 1)]
     ends = [_ending(row, limit) for row, limit in zip(chosen, limits, strict=True)]
     return [replace(row, example_id=f"probe-{n}") for n, row in enumerate(ends)]
 
@@ -208,7 +222,9 @@ def context_length(model: Any, renderings: Sequence[Rendering]) -> Check:
     )
 
 
-def packing_isolation(model: Any, rows: Sequence[Tokens], packing: str) -> Check:
+def packing_isolation(
+    model: Any, rows: Sequence[Tokens], packing: str, long_tokens: int = LONG_PROBE_TOKENS
+) -> Check:
     """Change one token of a packed document: nothing in the other documents may move.
 
     `data["packed"]` says whether rows may be packed. When documents see each other and
@@ -218,7 +234,7 @@ def packing_isolation(model: Any, rows: Sequence[Tokens], packing: str) -> Check
     if packing == "off":
         return Check(name, True, "each document has a row of its own", data={"packed": False})
     try:
-        moved, others, control = _perturb(model, rows)
+        moved, others, control = _perturb(model, rows, long_tokens)
     except (TypeError, ValueError, RuntimeError) as error:
         moved, others, control = 1, 1, 1
         found = f"this model does not take packed rows ({_first_line(error)})"
@@ -237,14 +253,14 @@ def packing_isolation(model: Any, rows: Sequence[Tokens], packing: str) -> Check
     return Check(name, False, found, remedy, failures=moved, data={"packed": True, **figures})
 
 
-def _perturb(model: Any, rows: Sequence[Tokens]) -> tuple[int, int, int]:
+def _perturb(model: Any, rows: Sequence[Tokens], long_tokens: int) -> tuple[int, int, int]:
     """Return positions of other documents that moved, how many there are, and own ones that moved.
 
     The first document is long enough for the realisation of attention that long ones take. Its last
     token and that of the second are changed: nothing is nearer to the next document, and a leak
     through a short convolution reaches no further. What two equal runs differ in is noise.
     """
-    long = np.resize(rows[0].ids, LONG_PROBE_TOKENS)
+    long = np.resize(rows[0].ids, long_tokens)
     documents = [Tokens(long, np.zeros(len(long), np.float32), "probe-long")]
     documents += [_ending(row, 32) for row in rows[:3]]
     batch = micro_batches(documents, sum(map(len, documents)), packed=True)[0]
@@ -337,7 +353,8 @@ def _objective_losses(
 @contextmanager
 def _transformers_code(model: Any) -> Iterator[None]:
     before = model.config._attn_implementation
-    model.set_attn_implementation("sdpa" if before == NAME else before)
+    if is_ours(model):  # Gemma 2 has no sdpa: it caps its scores
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     try:
         with own_layers(model):
             yield
