@@ -3,7 +3,7 @@
 - bucketed (buckets.py): documents of similar length gathered into one batched matrix product.
 - flash: one scaled_dot_product_attention call per document.
 - blocked window: a long document under a sliding window, a block of queries at a time.
-- on a CUDA device: one kernel for documents of any lengths (attention_cuda.py).
+- varlen (attention_cuda.py): all documents in one call of torch's flash kernel on a CUDA device.
 
 All compute `layout.reference_attention`, and `_realise` chooses among them. They are registered in
 Transformers' `AttentionInterface`, so that any hub model uses them unchanged; what a model asks for
@@ -21,7 +21,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from postgrad.errors import ModelError
-from postgrad.model.attention_cuda import packed_attention_cuda
+from postgrad.model.attention_cuda import varlen_attention, varlen_kernel
 from postgrad.model.buckets import bucketed_attention
 from postgrad.model.fused import fused_layers
 from postgrad.model.layout import Layout, layout_of_positions
@@ -129,12 +129,10 @@ def _realise(
         if dropout:
             raise _unsupported("the model drops out capped attention scores (attention_dropout)")
         return bucketed_attention(q, k, v, layout, layout.tokens, scale, softcap)
+    if q.is_cuda and not dropout and (kernel := varlen_kernel(q, layout)) is not None:
+        return varlen_attention(kernel, q, k, v, layout, scale)
     if layout.window is not None:
         limit = min(limit, max(WINDOW_BUCKETS, 2 * layout.window))
-    if q.is_cuda and not dropout:
-        query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-        out = packed_attention_cuda(query, key, value, layout.lengths, scale, layout.window)
-        return out[0]
     if dropout or q.device.type != "cpu" or min(layout.lengths) > limit:
         return per_document_attention(q, k, v, layout, scale, dropout)
     short = bucketed_attention(q, k, v, layout, limit, scale, None)
@@ -203,7 +201,13 @@ def _band(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
 def _torch(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float
 ) -> Tensor:
-    """Call torch's kernel, causal if there is no mask; q [B, H, S, D], k and v [B, K, S, D]."""
+    """Call torch's kernel, causal if there is no mask; q [B, H, S, D], k and v [B, K, S, D].
+
+    On a CUDA device float32 has one kernel that keeps no scores, and it wants as many key heads as
+    query heads.
+    """
+    if q.is_cuda and q.dtype == torch.float32:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     return functional.scaled_dot_product_attention(
         q,
         k,
@@ -252,6 +256,9 @@ def training_attention(model: Any, bucket_limit: int | None = None) -> Iterator[
     before = model.config._attn_implementation
     if bucket_limit is not None or not is_ours(model):
         model.set_attn_implementation(_registered(bucket_limit))
+        if works_ahead(model):
+            _ask_for_masks(model)
+            model.set_attn_implementation(_registered(bucket_limit, masks=False))
     try:
         with fused_layers(model):
             yield
@@ -259,10 +266,30 @@ def training_attention(model: Any, bucket_limit: int | None = None) -> Iterator[
         model.set_attn_implementation(before)
 
 
-def _registered(bucket_limit: int | None) -> str:
+def works_ahead(model: Any) -> bool:
+    """Whether the model is on a device that the host should not wait for."""
+    return bool(model.device.type == "cuda")
+
+
+def _ask_for_masks(model: Any) -> None:
+    """Run two tokens through the model: it asks for its masks, and `_mask` refuses what it must.
+
+    Before it asks, Transformers looks for packed documents in the positions and waits for the
+    device to find them, in every forward pass. After this one no mask function is registered: then
+    it neither looks nor asks.
+    """
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        model.base_model(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+    model.train(training)
+
+
+def _registered(bucket_limit: int | None, masks: bool = True) -> str:
     """Name of the attention with this limit; the limit travels in the name, so it is no state."""
     limit = BUCKET_LIMIT if bucket_limit is None else bucket_limit
-    name = f"{NAME}-{limit}"
+    name = f"{NAME}-{limit}" if masks else f"{NAME}-{limit}-no-masks"
     AttentionInterface.register(name, functools.partial(packed_attention, bucket_limit=limit))
-    AttentionMaskInterface.register(name, _mask)
+    if masks:
+        AttentionMaskInterface.register(name, _mask)
     return name

@@ -203,22 +203,23 @@ def _resolved(session: Session) -> Session:
     session = _with_attention(_with(session, train.model_copy(update={"threads": threads})))
     steps = len(session.stream(packed=True))
     every = train.eval_steps if train.eval_steps != "auto" else auto_eval_steps(steps)
-    found = {"eval_steps": every, "torch_compile": _compiling(session)}
+    compiling = _compiling(session)
+    compiled.switch(compiling)
+    found = {"eval_steps": every, "torch_compile": compiling}
     return _with(session, session.recipe.train.model_copy(update=found))
 
 
 def _compiling(session: Session) -> bool:
-    """Decide whether element-wise definitions are compiled, and switch that on or off."""
-    wanted = session.recipe.train.torch_compile
-    if wanted == "auto":
-        wanted = compiled.available() and compiled.pays(predicted_seconds(session))
-    elif wanted and not compiled.available():
+    """Whether definitions are compiled for the device: when asked for, or when it pays."""
+    choice = session.recipe.train.torch_compile
+    if choice == "auto":
+        return compiled.available() and compiled.pays(predicted_seconds(session))
+    if choice and not compiled.available():
         raise TrainingError(
             "train.torch_compile is true, but there is no CUDA device with Triton here",
             "set it to auto or false",
         )
-    compiled.switch(wanted)
-    return wanted
+    return choice
 
 
 def _with_attention(session: Session) -> Session:

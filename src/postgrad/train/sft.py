@@ -136,7 +136,10 @@ def _row_length(batch: Batch) -> int:
 
 
 def model_inputs(batch: Batch, device: Any) -> dict[str, Any]:
-    """Return what the model gets: ids, positions, and the layout of a packed row.
+    """Return what the model gets: ids, positions, and the layout of the rows.
+
+    Padded rows are documents of equal length. Without a layout attention would look for documents
+    in the positions of a single row, and wait for the device to read them.
 
     Never a 2-D attention mask: with Transformers any such mask switches packing isolation off.
     """
@@ -151,6 +154,6 @@ def model_inputs(batch: Batch, device: Any) -> dict[str, Any]:
         "position_ids": on_device(positions, device),
         "use_cache": False,
     }
-    if batch.packed:
-        inputs["layout"] = Layout(lengths)
+    rows, length = ids.shape
+    inputs["layout"] = Layout(lengths if batch.packed else (length,) * rows)
     return inputs
