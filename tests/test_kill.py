@@ -71,6 +71,7 @@ def content(run: Run):
         return {key: value for key, value in line.items() if key not in volatile}
 
     measured = read_json(run.measurements_path)
+    del measured["costs"]  # seconds, all of it
     for reference in measured["references"]:
         reference["source"] = re.sub(r" in \d+ s\b", "", reference["source"])
     weights = sorted(run.export.rglob("*.safetensors"))
