@@ -11,7 +11,10 @@ from postgrad import cli, errors
 from postgrad.config import parse_recipe
 from postgrad.run import create_run
 
-VERBS = ("demo", "run", "train", "evaluate", "compare", "report", "runs", "explain", "doctor")
+VERBS = (
+    *("demo", "run", "estimate", "train", "evaluate", "compare"),
+    *("report", "export", "runs", "explain", "doctor"),
+)
 RECIPE = "name: bot\nmodel: {base: some/model}\ndata: {train: rows.jsonl}\n"
 
 
