@@ -4,6 +4,7 @@ Each chart takes its width in pixels and is drawn for that width; a page that mu
 phone draws it twice and lets CSS choose (text in a scaled-down SVG would be too small).
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, floor, log10
@@ -194,7 +195,10 @@ def _bar_label(m: Measurement, y: float, width: int) -> Html:
 
 def _short_arm(arm: str, width: int) -> str:
     name = arm_name(arm)
-    return name if width > 500 else name.removesuffix(" in the prompt").replace(" model,", ",")
+    if width > 500:
+        return name
+    short = name.removesuffix(" in the prompt").replace(" model,", ",")
+    return re.sub(r" nearest examples?$", " nearest", short)
 
 
 def _reference(reference: Reference, scale: Scale, y: float, bottom: float) -> Html:
