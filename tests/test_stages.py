@@ -187,7 +187,7 @@ def test_a_refused_run_says_why_and_goes_on_once_waived(tiny_model_dir, tmp_path
 def test_a_gate_that_is_not_met_is_told_and_ends_with_4(finished, tmp_path, capsys):
     _, out, _ = finished
     copy = Run(shutil.copytree(out, tmp_path / "copy", symlinks=True))
-    gates = {"target": ">= 0.99", "retention": {"all": 2.0}}
+    gates = {"target": ">= 0.99"}
     for recipe_path in (copy.recipe_path, copy.config_path):
         tree = parse_yaml(recipe_path.read_text(encoding="utf-8"), "recipe")
         tree["evaluate"]["gates"] = gates
@@ -195,13 +195,13 @@ def test_a_gate_that_is_not_met_is_told_and_ends_with_4(finished, tmp_path, caps
     assert cli.call(["evaluate", str(copy.path), "--json"]) == 4
     captured = capsys.readouterr()
     document = json.loads(captured.out)
-    assert [g["name"] for g in document["gates"]] == ["target", "retention.all"]
-    assert document["gates"][1]["status"] == "UNDECIDED"
-    assert "gate not met: retention.all" in captured.err
+    assert [g["name"] for g in document["gates"]] == ["target"]
+    assert document["gates"][0]["status"] == "FAIL"
+    assert "gate not met: target" in captured.err
     assert cli.call(["evaluate", str(copy.path)]) == 4
-    assert "gates: 0 of 2 met" in capsys.readouterr().out
+    assert "gates: 0 of 1 met" in capsys.readouterr().out
     assert cli.call(["report", str(copy.path)]) == 0
-    assert "retention.all" in copy.report_path.read_text(encoding="utf-8")
+    assert "&gt;= 0.99" in copy.report_path.read_text(encoding="utf-8")
     assert copy.record["status"] == "done"
 
 

@@ -242,7 +242,7 @@ ScorerName = Literal[
 
 
 TARGET_GATE = re.compile(
-    r"(?P<sign>>=|>)\s*few-shot|>=\s*few-shot\s*-\s*(?P<points>\d+(\.\d+)?)|>=\s*(?P<value>[01]?\.\d+)"
+    r"(?P<sign>>=|>)\s*few-shot|>=\s*few-shot\s*-\s*(?P<points>\d+(\.\d+)?)|>=\s*(?P<value>0?\.\d+|1(\.0+)?)"
 )
 """What `evaluate.gates.target` may say."""
 
@@ -323,7 +323,8 @@ class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)]
     """Short name; part of the run directory's name."""
     seed: Seed = 7
-    """Seed of splits, order, initialisation, dropout, few-shot examples and bootstraps."""
+    """Seed of order, initialisation and dropout, and of all that `data.seed` governs unless that is
+    set."""
     model: ModelConfig
     """The model and its adapter."""
     data: DataConfig

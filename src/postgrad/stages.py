@@ -11,7 +11,7 @@ from typing import Any
 
 from postgrad.config import Recipe
 from postgrad.data.dataset import Dataset, load_dataset, read_dataset, save_dataset
-from postgrad.errors import ConfigError
+from postgrad.errors import ConfigError, RunError
 from postgrad.progress import Display, SilentDisplay
 from postgrad.run import Run, create_run, find_resumable, read_json
 from postgrad.types import Check, Comparison, Measurement, Split, Verdict
@@ -33,9 +33,9 @@ class Options:
 
 def run(recipe: Recipe, options: Options, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Data, pre-flight, training, evaluation, report: the whole job in one run directory."""
+    _check_benchmarks(recipe)
     if options.dry_run:
         return plan(recipe, options)
-    _check_benchmarks(recipe)
     with _open(recipe, "run", options) as run:
         run.update(**(facts or {}))
         return _whole(run, options)
@@ -49,7 +49,7 @@ def run_seeds(recipe: Recipe, count: int, options: Options) -> dict[str, Any]:
     from postgrad.evaluate.seeds import combine, reuse_base_evidence
 
     if options.dry_run:
-        return plan(recipe, options)
+        raise ConfigError("--dry-run plans one training", "leave --seeds out, and multiply")
     _check_benchmarks(recipe)
     with _open(recipe, "seeds", options) as parent:
         members: list[Run] = []
@@ -79,6 +79,7 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any]:
 def evaluate(target: Recipe | Run, options: Options) -> dict[str, Any]:
     """Measure a finished training's run, or, from a recipe, the base model's prompting arms."""
     if isinstance(target, Run):
+        _refuse_seeds(target)
         with target.lock():
             _evaluate(target, read_dataset(target), options)
             return _finish(target, options)
@@ -118,6 +119,8 @@ def export_lm_eval(
     """Write the test set as a task of lm-evaluation-harness, or read its sample logs back."""
     from postgrad.export.lm_eval import import_samples, write_task
 
+    if isinstance(source, Run):
+        _refuse_seeds(source)
     recipe = source.config if isinstance(source, Run) else source
     own = source.path if isinstance(source, Run) else Path(f"{recipe.name}-lm-eval")
     if samples:
@@ -319,6 +322,11 @@ def _data_checks(dataset: Dataset, recipe: Recipe) -> tuple[Check, ...]:
 
     tests, scoring = dataset.of(Split.TEST), recipe.evaluate
     return (*dataset.checks, check_references(tests, scoring.scorer, scoring.pattern))
+
+
+def _refuse_seeds(run: Run) -> None:
+    if run.seeds.is_dir():
+        raise RunError(f"{run.path} holds several seeds", f"name one of them: {run.seeds}/SEED")
 
 
 def _check_benchmarks(recipe: Recipe) -> None:

@@ -118,3 +118,10 @@ def test_a_gate_on_a_benchmark_that_is_not_asked_is_refused_before_training(whee
     recipe = parse_recipe({**tree, "evaluate": {"retention": ["piqa"], "gates": gates}})
     with pytest.raises(ConfigError, match="names pica, which evaluate"):
         load_benchmarks(recipe)
+
+
+def test_a_gate_on_all_benchmarks_needs_one(wheel):
+    tree = {"name": "bot", "model": {"base": "m"}, "data": {"train": "t.jsonl"}}
+    recipe = parse_recipe({**tree, "evaluate": {"gates": {"retention": {"all": 2}}}})
+    with pytest.raises(ConfigError, match="names all, which evaluate"):
+        load_benchmarks(recipe)

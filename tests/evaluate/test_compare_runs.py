@@ -32,7 +32,8 @@ def build(path, tuned, *, n=200, retention=(0.5, 0.45), **changes):
         }
         for arm, found in rows.items():
             write_evidence(run, task, arm, found)
-            document["measurements"].append(asdict(measure(found, task, "exact_match", arm)))
+            measured = asdict(measure(found, task, "exact_match", arm))
+            document["measurements"] += [measured, {**measured, "metric": "perplexity"}]
         c = compare(rows["base"], rows["tuned"], task, "exact_match", "base", "tuned")
         document["comparisons"].append(asdict(c))
     run.write_json(run.measurements_path, document)

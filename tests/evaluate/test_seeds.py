@@ -99,3 +99,40 @@ def test_only_what_the_base_model_answered_is_reused(tmp_path, scores):
     reuse_base_evidence(members[0], new)
     assert [p.name for p in (new.path / "evidence").iterdir()] == ["bot.base-zero-shot.jsonl"]
     assert read_evidence(new, "bot", "base/zero-shot") == rows(base)
+
+
+def with_benchmarks(members, names, metric="acc"):
+    """Give every member benchmarks that are a little worse after tuning, and a perplexity each."""
+    for number, member in enumerate(members):
+        tree = read_json(member.measurements_path)
+        for name in names:
+            rng = np.random.default_rng(number)
+            base = np.arange(400) % 2 == 0
+            tuned = base & (rng.random(400) > 0.04)
+            arms = {
+                arm: [
+                    Evidence(f"{name}{i}", "q", "r", "c", {metric: Score(float(s), bool(s))})
+                    for i, s in enumerate(scores)
+                ]
+                for arm, scores in (("base", base), ("tuned", tuned))
+            }
+            for arm, found in arms.items():
+                write_evidence(member, name, arm, found)
+                measured = asdict(measure(found, name, metric, arm))
+                tree["measurements"] += [measured, {**measured, "metric": "perplexity"}]
+            tree["comparisons"].append(
+                asdict(compare(*arms.values(), name, metric, "base", "tuned"))
+            )
+        member.write_json(member.measurements_path, tree)
+
+
+def test_benchmarks_over_seeds_are_a_suite_and_a_perplexity_is_left_out(tmp_path, scores):
+    base, tuned = scores
+    parent, members = seeds(tmp_path / "out", base, tuned)
+    with_benchmarks(members, ("lambada_openai", "piqa"))
+    document = combine(parent, members)
+    assert {m["metric"] for m in document["measurements"]} == {METRIC, "acc"}
+    target, *suite = document["comparisons"]
+    assert target["corrected"] is None
+    assert [c["task"] for c in suite] == ["lambada_openai", "piqa"]
+    assert all(c["corrected"] == pytest.approx(min(1.0, 2 * c["p"])) for c in suite)

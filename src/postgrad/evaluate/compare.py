@@ -128,6 +128,14 @@ def correct(suite: Sequence[Comparison], confidence: float = 0.95) -> list[Compa
     ]
 
 
+def is_row_mean(metric: str) -> bool:
+    """Whether a figure is the mean of its rows' scores, so that runs can be compared row by row.
+
+    A perplexity is not, nor is IFEval's share of instructions: their rows hold several.
+    """
+    return metric != "perplexity" and not metric.startswith("inst_level_")
+
+
 def best_base(measurements: Iterable[Measurement]) -> Measurement | None:
     """Return the strongest way of prompting the base model; the first of equals, None if none.
 

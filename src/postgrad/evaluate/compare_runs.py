@@ -10,7 +10,7 @@ from typing import Any
 
 from postgrad.errors import DataError, RunError
 from postgrad.evaluate import statistics
-from postgrad.evaluate.compare import compare, correct, headline
+from postgrad.evaluate.compare import compare, correct, headline, is_row_mean
 from postgrad.evaluate.evidence import read_evidence
 from postgrad.run import Run, read_json
 from postgrad.types import Comparison, Evidence, Verdict
@@ -136,7 +136,7 @@ def _compare(
     a_rows, b_rows = (read_evidence(run, t, key.arm) for run, t in zip((a, b), tasks, strict=True))
     labels = (f"{names[0]}:{key.arm}", f"{names[1]}:{key.arm}")
     task = tasks[0] if tasks[0] == tasks[1] else " / ".join(tasks)
-    compared = compare(a_rows, b_rows, task, key.metric, *labels, confidence, a.recipe.seed)
+    compared = compare(a_rows, b_rows, task, key.metric, *labels, confidence, a.recipe.data_seed)
     _refuse_other_requests(a_rows, b_rows, labels)
     return compared
 
@@ -185,6 +185,7 @@ def _keys(tree: Mapping[str, Any]) -> dict[_Key, str]:
     return {
         _Key(None if m["task"] == tree["task"] else m["task"], m["metric"], m["arm"]): m["task"]
         for m in tree["measurements"]
+        if is_row_mean(m["metric"])
     }
 
 

@@ -115,8 +115,9 @@ def _measure(
         )
         for metric in task.metrics
     ]
-    if task.kind is Kind.CLOZE:
-        found.append(_perplexity(rows, task.name, arm, confidence, place))
+    values = np.array([-row.logprobs[0] for row in rows if row.error is None and row.logprobs])
+    if task.kind is Kind.CLOZE and len(values) > 1:
+        found.append(_perplexity(values, task.name, arm, confidence, place))
     return found
 
 
@@ -143,18 +144,17 @@ def observed(benchmark: Benchmark, rows: Sequence[Evidence], metric: str) -> Seq
 
 
 def _perplexity(
-    rows: Sequence[Evidence], task: str, arm: str, confidence: float, place: str
+    values: statistics.Values, task: str, arm: str, confidence: float, place: str
 ) -> Measurement:
-    """Return exp of the mean negative log-likelihood, with a normal interval of that mean."""
-    values = np.array([-row.logprobs[0] for row in rows if row.error is None])
-    if len(values) < 2:
-        values = np.array([math.inf, math.inf]) if not len(values) else values.repeat(2)
+    """Return exp of the mean negative log-likelihood, with a normal interval of that mean.
+
+    Items that could not be asked have no likelihood and are not among the n.
+    """
     error = float(values.std(ddof=1)) / math.sqrt(len(values))
     mean, half = float(values.mean()), statistics.critical_value(confidence) * error
     low, high = math.exp(mean - half), math.exp(mean + half)
-    errors = sum(row.error is not None for row in rows)
     return Measurement(
-        task, "perplexity", arm, math.exp(mean), low, high, len(rows), "normal", place, errors
+        task, "perplexity", arm, math.exp(mean), low, high, len(values), "normal", place
     )
 
 

@@ -12,7 +12,15 @@ from typing import Any
 import numpy as np
 
 from postgrad.evaluate import statistics
-from postgrad.evaluate.compare import decide, headline, require_pairs, row_groups, row_scores
+from postgrad.evaluate.compare import (
+    correct,
+    decide,
+    headline,
+    is_row_mean,
+    require_pairs,
+    row_groups,
+    row_scores,
+)
 from postgrad.evaluate.evidence import read_evidence
 from postgrad.evaluate.gates import TUNED
 from postgrad.run import Run, read_json
@@ -43,6 +51,8 @@ def combine(parent: Run, members: Sequence[Run]) -> dict[str, Any]:
     first, own = trees[0], members[0].path.relative_to(parent.path)
     document = {**first, "measurements": [], "comparisons": [], "seeds": []}
     for m in first["measurements"]:
+        if not is_row_mean(m["metric"]):
+            continue
         if m["arm"] != TUNED:
             document["measurements"].append({**m, "evidence": f"{own}/{m['evidence']}"})
             continue
@@ -50,17 +60,21 @@ def combine(parent: Run, members: Sequence[Run]) -> dict[str, Any]:
         measured, spread = _measure(rows, m, settings.confidence, parent.recipe.data_seed)
         document["measurements"].append(dataclasses.asdict(measured))
         document["seeds"].append(dataclasses.asdict(spread))
+    found: list[Comparison] = []
     for c in first["comparisons"]:
-        if c["b"] == TUNED:
+        if c["b"] == TUNED and is_row_mean(c["metric"]):
             rows = _rows(members, c["task"], TUNED)
             base = read_evidence(members[0], c["task"], c["a"])
             compared, spread = _compare(base, rows, c, settings.confidence, parent.recipe.data_seed)
-            document["comparisons"].append(dataclasses.asdict(compared))
+            found.append(compared)
             document["seeds"].append(dataclasses.asdict(spread))
+    own_task = [c for c in found if c.task == first["task"]]
+    suite = [c for c in found if c.task != first["task"]]
+    if len(suite) > 1:
+        suite = correct(suite, settings.confidence)
+    document["comparisons"] = [dataclasses.asdict(c) for c in (*own_task, *suite)]
     parent.write_json(parent.measurements_path, document)
-    task = (first["task"], first["metric"])
-    found = [Comparison(**c) for c in document["comparisons"] if (c["task"], c["metric"]) == task]
-    verdict = headline(found, settings.confidence) if found else "no comparison"
+    verdict = headline(own_task, settings.confidence) if own_task else "no comparison"
     parent.update(
         verdict=f"over {len(members)} seeds: {verdict}",
         seeds=[member.recipe.seed for member in members],

@@ -43,7 +43,7 @@ def base_arm(shots: int, kind: str = "static") -> str:
 def base_arms(settings: EvaluateConfig) -> dict[str, tuple[int, str]]:
     """Return the prompting arms of a recipe in their order: name -> examples and their kind."""
     return {
-        base_arm(count, kind): (count, kind)
+        base_arm(count, kind): (count, kind if count else "static")
         for count in settings.fewshot
         for kind in settings.fewshot_examples
     }

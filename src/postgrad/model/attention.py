@@ -254,12 +254,12 @@ def training_attention(model: Any, bucket_limit: int | None = None) -> Iterator[
     Documents up to `bucket_limit` tokens are bucketed; None = as in the block around this one.
     """
     before = model.config._attn_implementation
-    if bucket_limit is not None or not is_ours(model):
-        model.set_attn_implementation(_registered(bucket_limit))
-        if works_ahead(model):
-            _ask_for_masks(model)
-            model.set_attn_implementation(_registered(bucket_limit, masks=False))
     try:
+        if bucket_limit is not None or not is_ours(model):
+            model.set_attn_implementation(_registered(bucket_limit))
+            if works_ahead(model):
+                _ask_for_masks(model)
+                model.set_attn_implementation(_registered(bucket_limit, masks=False))
         with fused_layers(model):
             yield
     finally:
@@ -280,9 +280,12 @@ def _ask_for_masks(model: Any) -> None:
     """
     training = model.training
     model.eval()
-    with torch.no_grad():
-        model.base_model(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
-    model.train(training)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    try:
+        with torch.no_grad():
+            model.base_model(ids, use_cache=False)
+    finally:
+        model.train(training)
 
 
 def _registered(bucket_limit: int | None, masks: bool = True) -> str:

@@ -224,8 +224,9 @@ def causal_softmax(scores: Tensor, scale: float, window: int | None = None) -> T
         rows = scores.numel() // length
         call("causal_softmax", scores.dtype, scores, scale, rows, length, visible)
         return scores
-    bias = _bias(length, visible, scores.shape[1] // length, scores.dtype, scores.device)
-    return scores.mul_(scale).add_(bias).softmax(-1)
+    bias = _bias(length, visible, scores.dtype, scores.device)
+    by_head = scores.mul_(scale).view(len(scores), -1, length, length)
+    return by_head.add_(bias).softmax(-1).view_as(scores)
 
 
 def causal_softmax_backward(
@@ -240,10 +241,8 @@ def causal_softmax_backward(
     return torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale)  # type: ignore[no-any-return]
 
 
-@functools.lru_cache(maxsize=512)
-def _bias(
-    length: int, window: int, repeat: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """[repeat * length, length] zero where a key is visible, minus infinity elsewhere."""
+@functools.lru_cache(maxsize=16)
+def _bias(length: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[length, length] zero where a key is visible, minus infinity elsewhere."""
     hidden = torch.full((length, length), float("-inf"), dtype=dtype, device=device)
-    return (hidden.triu(1) + hidden.tril(-window)).repeat(repeat, 1)
+    return hidden.triu(1) + hidden.tril(-window)

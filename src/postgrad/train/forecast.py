@@ -100,7 +100,7 @@ def count(
     parts = ((step.tokens, step.supervised, step.pairs) for step in steps)
     total = Amount(*map(sum, zip(*parts, strict=True)))
     every = train.eval_steps if train.eval_steps != "auto" else auto_eval_steps(len(stream))
-    evaluations = len(stream) // every + 2
+    evaluations = -(-len(stream) // every) + 2  # before, after the last step, after restoring
     fullest = max(steps, key=lambda step: step.tokens)
     return Forecast(
         recipe.model_copy(update={"train": train.model_copy(update={"eval_steps": every})}),

@@ -34,6 +34,7 @@ from postgrad.train.stream import Stream
 from postgrad.types import Batch, Check, Dropped, Split, Tokens
 
 PROBE_TOKENS = 1024
+PROBE_TURNS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +154,7 @@ def _rows(
             )
         if split is Split.VALIDATION and recipe.train.eval_rows is not None:
             assert recipe.train.eval_rows != "auto"
-            tokens = _sample(tokens, recipe.train.eval_rows, recipe.seed)
+            tokens = _sample(tokens, recipe.train.eval_rows, recipe.data_seed)
         found += rendered
         rows.append(tokens)
         dropped += lost
@@ -249,17 +250,20 @@ def _with(session: Session, train: Any) -> Session:
 def fastest_threads(session: Session) -> int:
     """Time one real micro-batch with all, half and one of the cores; more must earn their place.
 
-    Two threads can be slower than one on a busy machine: OpenMP barriers wait for the slowest.
+    Two threads can be slower than one on a busy machine: OpenMP barriers wait for the slowest. The
+    choices take turns, so that what else runs for a second does not decide for the whole run.
     """
     cores = available_cores()
     batch = _probe_batch(session)
-    times: dict[int, float] = {}
+    times = dict.fromkeys(sorted({1, max(1, cores // 2), cores}), 0.0)
     with session.attention():
-        for threads in sorted({1, max(1, cores // 2), cores}):
-            torch.set_num_threads(threads)
-            first = _seconds(session, batch)
-            hopeless = times and first > 2 * min(times.values())
-            times[threads] = first if hopeless else min(first, _seconds(session, batch))
+        for turn in range(PROBE_TURNS):
+            for threads, best in times.items():
+                if turn and best > 2 * min(times.values()):
+                    continue
+                torch.set_num_threads(threads)
+                seconds = _seconds(session, batch)
+                times[threads] = min(best, seconds) if turn else seconds
     session.model.zero_grad(set_to_none=True)
     return min(times, key=lambda threads: times[threads])
 

@@ -16,7 +16,10 @@ from postgrad.run import Run, sha256_file
 STEPS = 12
 """Optimizer steps of the proof; evaluations every fourth."""
 VOLATILE = ("seconds",)
-MEASURED = ("threads", "micro_batch_tokens", "attention_bucket_tokens")
+MEASURED = (
+    *("threads", "micro_batch_tokens", "attention_bucket_tokens"),
+    *("gradient_checkpointing", "torch_compile"),
+)
 """Keys whose `auto` depends on the moment: two runs may choose differently, a resumed one not."""
 
 

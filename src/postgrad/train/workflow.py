@@ -188,7 +188,8 @@ def measure_drift(session: Session, merged: Any, packed: bool) -> dict[str, Any]
     with session.attention():
         before = validation(session.model, session.objective).loss
         logits = _logits(session, session.model)
-    with training_attention(merged):
+    limit = session.recipe.train.attention_bucket_tokens
+    with training_attention(merged, None if limit == "auto" else limit):
         after = validation(merged, session.objective).loss
         other = _logits(session, merged)
     tolerance = session.recipe.train.merge_tolerance
