@@ -12,6 +12,7 @@ from postgrad.data.batches import micro_batches
 from postgrad.errors import TrainingError
 from postgrad.model import export
 from postgrad.model.attention import training_attention
+from postgrad.model.kernels import kernels
 from postgrad.progress import Display
 from postgrad.run import Run
 from postgrad.train.checkpoint import Progress, load_weights, resume, save_weights
@@ -47,6 +48,13 @@ def train_model(session: Session, run: Run, packed: bool, display: Display) -> d
         torch.manual_seed(session.recipe.seed)
     if session.attention_probe is not None:
         run.event("attention-measured", **asdict(session.attention_probe))
+    if session.model.device.type == "cpu":
+        compiled = kernels()
+        run.event("kernels", compiled=compiled.library is not None, detail=compiled.detail)
+        if compiled.library is None:
+            display.note(
+                f"element-wise work is not compiled, so steps are slower: {compiled.detail}"
+            )
     if not session.objective.fused:
         run.event("logits-kept", reason="this model scales or caps its logits")
     stopping = config.early_stopping
