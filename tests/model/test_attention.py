@@ -70,17 +70,18 @@ def results(run, q, k, v):
     return [out, *torch.autograd.grad(out, (q, k, v), cotangent.to(out.dtype))]
 
 
-def reference(lengths, q, k, v, window=None, softcap=None):
+def reference(lengths, q, k, v, window=None, softcap=None, shared=False):
     def run(*qkv):
         q, k, v = (x[0].transpose(0, 1) for x in qkv)
-        scale = q.shape[-1] ** -0.5
-        return reference_attention(q, k, v, Layout(lengths, window), scale, softcap).unsqueeze(0)
+        layout = Layout(lengths, window, shared)
+        return reference_attention(q, k, v, layout, q.shape[-1] ** -0.5, softcap).unsqueeze(0)
 
     return results(run, q, k, v)
 
 
-def packed(lengths, limit, q, k, v, window=None, **options):
-    options |= {"layout": Layout(lengths), "bucket_limit": limit, "sliding_window": window}
+def packed(lengths, limit, q, k, v, window=None, shared=False, **options):
+    layout = Layout(lengths, shared_prefix=shared)
+    options |= {"layout": layout, "bucket_limit": limit, "sliding_window": window}
     return results(lambda q, k, v: packed_attention(None, q, k, v, None, **options)[0], q, k, v)
 
 
@@ -100,23 +101,42 @@ def in_float32(*tensors):
     return [x.detach().float().requires_grad_() for x in tensors]
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["apart", "shared"])
 @pytest.mark.parametrize("limit", REALISATIONS.values(), ids=REALISATIONS.keys())
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_float32_equals_the_definition(lengths, window, limit):
+def test_float32_equals_the_definition(lengths, window, limit, shared):
     for heads, kv_heads in HEADS if sum(lengths) < 200 else HEADS[1:2]:
         q, k, v = inputs(sum(lengths), heads, kv_heads)
-        ours = packed(lengths, limit, q, k, v, window)
-        assert_equal(ours, reference(lengths, q, k, v, window))
+        ours = packed(lengths, limit, q, k, v, window, shared)
+        assert_equal(ours, reference(lengths, q, k, v, window, shared=shared))
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["apart", "shared"])
 @pytest.mark.parametrize("limit", REALISATIONS.values(), ids=REALISATIONS.keys())
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_bfloat16_stays_within_its_rounding(lengths, window, limit):
+def test_bfloat16_stays_within_its_rounding(lengths, window, limit, shared):
     q, k, v = inputs(sum(lengths), 6, 2, dtype=torch.bfloat16)
-    exact = reference(lengths, *in_float32(q, k, v), window)
-    assert_within_bfloat16(packed(lengths, limit, q, k, v, window), exact)
+    exact = reference(lengths, *in_float32(q, k, v), window, shared=shared)
+    assert_within_bfloat16(packed(lengths, limit, q, k, v, window, shared), exact)
+
+
+def test_a_shared_prefix_is_in_front_of_every_document():
+    """The definition with a shared prefix is the definition with a copy of it in each document."""
+    prefix, own = 5, (3, 1, 7)
+    q, k, v = inputs(prefix + sum(own), 4, 2)
+    rows, start = [], prefix
+    for length in own:
+        rows += [*range(prefix), *range(start, start + length)]
+        start += length
+    copies = [x[:, :, rows] for x in (q, k, v)]
+    spans = tuple(prefix + length for length in own)
+    assert Layout((prefix, *own), shared_prefix=True).spans == (prefix, *spans)
+    for window in (None, 4):
+        apart = reference(spans, *(x.detach().requires_grad_() for x in copies), window)[0]
+        once = reference((prefix, *own), q, k, v, window, shared=True)[0]
+        torch.testing.assert_close(apart, once[:, rows])
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
@@ -138,27 +158,32 @@ def test_capped_scores_and_windows_with_and_without_kernels(lengths, window, sof
     limit=st.integers(0, 64),
     kv_heads=st.sampled_from([1, 2, 4]),
     window=st.none() | st.integers(1, 70),
+    shared=st.booleans(),
 )
-def test_any_documents_in_any_order_equal_the_definition(lengths, limit, kv_heads, window):
+def test_any_documents_in_any_order_equal_the_definition(lengths, limit, kv_heads, window, shared):
     q, k, v = inputs(sum(lengths), 4, kv_heads, width=8)
-    ours = packed(tuple(lengths), limit, q, k, v, window)
-    assert_equal(ours, reference(tuple(lengths), q, k, v, window))
+    ours = packed(tuple(lengths), limit, q, k, v, window, shared)
+    assert_equal(ours, reference(tuple(lengths), q, k, v, window, shared=shared))
 
 
 @given(
-    lengths=st.lists(st.integers(1, 700), min_size=1, max_size=60), limit=st.sampled_from([0, 320])
+    lengths=st.lists(st.integers(1, 700), min_size=1, max_size=60),
+    limit=st.sampled_from([0, 320]),
+    shared=st.booleans(),
 )
-def test_buckets_hold_every_token_of_the_short_documents_once(lengths, limit):
-    seen = []
-    for bucket in buckets.make_buckets(tuple(lengths), limit):
+def test_buckets_hold_every_token_of_the_short_documents_once(lengths, limit, shared):
+    layout, seen = Layout(tuple(lengths), shared_prefix=shared), []
+    for bucket in buckets.make_buckets(layout, limit):
         assert bucket.count == 1 or bucket.index.numel() <= buckets.BUCKET_TOKENS
         kept = bucket.index[bucket.index < sum(lengths)].tolist()
-        assert (len(kept) < bucket.index.numel()) == bucket.padded
-        assert len(kept) >= 0.5 * bucket.index.numel() or bucket.length < 32
+        assert len(kept) == bucket.own
+        visible = bucket.keys[bucket.keys < sum(lengths)].tolist()
+        assert len(visible) == len(kept) + bucket.count * bucket.prefix
+        assert len(visible) >= 0.5 * bucket.index.numel() or bucket.length < 32
         seen += kept
     start, short = 0, []
-    for length in lengths:
-        short += range(start, start + length) if length <= limit else ()
+    for length, span in zip(lengths, layout.spans, strict=True):
+        short += range(start, start + length) if span <= limit else ()
         start += length
     assert sorted(seen) == short
 
@@ -172,6 +197,11 @@ def test_a_window_that_hides_nothing_is_no_window():
 def test_positions_say_where_documents_begin(lengths):
     positions = [position for length in lengths for position in range(length)]
     assert layout_of_positions(positions).lengths == tuple(lengths)
+
+
+def test_positions_that_jump_are_refused():
+    with pytest.raises(ModelError, match="layout"):
+        layout_of_positions([0, 1, 2, 3, 4, 3, 4])
 
 
 def test_a_long_document_under_a_window_takes_blocks(monkeypatch):

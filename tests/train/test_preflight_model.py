@@ -13,6 +13,7 @@ from postgrad.train.memory import available_bytes, peak_memory, used_bytes
 from postgrad.train.preflight import failed, may_pack, preflight, refuse
 from postgrad.train.preflight.memory import fits_in_memory
 from postgrad.train.preflight.model import (
+    BEGINNING,
     LONG_PROBE_TOKENS,
     PROBE_TOKENS,
     TOLERANCES,
@@ -160,14 +161,19 @@ def test_full_tuning_passes_with_and_without_autocast(tiny_model_dir, renderings
     assert found["accumulation-invariance"].data["gradient_norm"] > 0
 
 
-def test_the_probe_takes_the_end_of_long_rows_where_the_answer_is(renderer, renderings):
+def test_the_probe_takes_the_beginning_and_the_end_of_long_rows_where_the_answer_is(
+    renderer, renderings
+):
     long = renderer.inspect_all([example(99, "number " * 400, "yes")])
     rows = probe_rows(long)
     assert len(rows) == 2
     assert PROBE_TOKENS < len(rows[0]) <= 400
     assert len(rows[1]) == PROBE_TOKENS
     tail = long[0].answers[0].end
-    assert rows[1].ids.tolist() == long[0].tokens.ids[tail - PROBE_TOKENS : tail].tolist()
+    ids = long[0].tokens.ids
+    ends = [*ids[:BEGINNING], *ids[tail - (PROBE_TOKENS - BEGINNING) : tail]]
+    assert rows[1].ids.tolist() == ends
+    assert rows[1].weights[BEGINNING] == 0
     assert rows[1].supervised == long[0].tokens.supervised
     assert len({row.example_id for row in probe_rows(renderings)}) == 4
 

@@ -5,7 +5,14 @@ import pytest
 import torch
 import transformers
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
+)
 
 from postgrad.config import LoraConfig
 from postgrad.data.batches import micro_batches
@@ -13,7 +20,14 @@ from postgrad.model import lora
 from postgrad.model.attention import training_attention
 from postgrad.train import sft
 from postgrad.train.optimizer import trainable
-from postgrad.train.sft import SupervisedFineTuning, has_plain_head
+from postgrad.train.sft import (
+    SupervisedFineTuning,
+    can_share_prefix,
+    has_plain_head,
+    model_inputs,
+    row_multiple,
+    shared_prefix,
+)
 from postgrad.types import Tokens
 from training import load_model, make_rows
 
@@ -121,6 +135,76 @@ def test_loss_and_gradients_equal_the_definition(model, packed, fused):
     assert loss.weight == batch.supervised == pytest.approx(sum(row.supervised for row in rows))
     assert value(loss.total) == pytest.approx(value(exact.sum()), rel=1e-5)
     close(gradients(model, loss.total), gradients(model, exact.sum()), 1e-5)
+
+
+def with_beginning(rows, beginning):
+    """The same rows with unsupervised tokens in front of each."""
+    front = np.array(beginning, dtype=np.int64)
+    return [
+        Tokens(
+            np.concatenate([front, row.ids]),
+            np.concatenate([np.zeros(len(front), np.float32), row.weights]),
+            row.example_id,
+        )
+        for row in rows
+    ]
+
+
+@pytest.mark.parametrize("capacity", [10_000, 90])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "logits"])
+def test_a_shared_beginning_changes_no_loss_and_no_gradient(model, fused, capacity):
+    rows = with_beginning(make_rows(9, seed=3, weights=WEIGHTS), range(40, 53))
+    assert can_share_prefix(model)
+    objective = SupervisedFineTuning(fused=fused, share_prefix=True)
+    found = ours(model, rows, capacity=capacity, objective=objective, per_document=True)
+    for batch, loss in found:
+        shared = shared_prefix(batch)
+        assert shared >= 13 or len(batch.example_ids) == 1
+        inputs, place = model_inputs(batch, torch.device("cpu"), share=True)
+        least = batch.tokens - shared * (len(batch.example_ids) - 1)
+        assert least <= inputs["input_ids"].shape[1] < least + row_multiple(least)
+        assert (inputs["input_ids"][0].numpy()[place] == batch.ids).all()
+        by_name = {row.example_id: row for row in rows}
+        exact = plain(model, [by_name[name] for name in batch.example_ids])
+        torch.testing.assert_close(loss.per_document.float(), exact.float(), rtol=1e-4, atol=1e-4)
+    total = sum(loss.total for _, loss in found)
+    exact = plain(model, rows).sum()
+    assert value(total) == pytest.approx(value(exact), rel=1e-5)
+    close(gradients(model, total), gradients(model, exact), 1e-5)
+
+
+def test_what_is_supervised_is_never_shared():
+    same = [1, 2, 3, 4, 5, 6, 7, 8]
+    weights = np.array([0, 0, 0, 0, 1, 1, 1, 1], np.float32)
+    rows = [Tokens(np.array(same), weights, str(n)) for n in range(4)]
+    [batch] = micro_batches(rows, 100, packed=True)
+    assert shared_prefix(batch) == 3  # position 3 predicts the first supervised token
+    unlike = [Tokens(np.array([n, *same]), np.append(0, weights), str(n)) for n in range(4)]
+    assert shared_prefix(micro_batches(unlike, 100, packed=True)[0]) == 0
+
+
+@pytest.mark.parametrize("why", ["lora", "attention", "hidden", "layout"])
+def test_no_beginning_is_shared_where_it_would_change_something(tiny_model_dir, why):
+    if why == "lora":
+        model = load_model(tiny_model_dir, LoraConfig(r=4, lora_dropout=0.1))
+    elif why == "attention":
+        model = load_model(tiny_model_dir)
+        model.config.attention_dropout = 0.1
+    elif why == "hidden":
+        model = biased_head()
+        model.base_model.layers[0].resid_dropout.p = 0.1
+    else:
+        model = StableLmForCausalLM(
+            StableLmConfig(
+                vocab_size=97,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+            )
+        )
+    assert not can_share_prefix(model)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 64])

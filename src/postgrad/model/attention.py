@@ -81,14 +81,13 @@ def packed_attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if layout is None and batch == 1 and position_ids is not None:
         layout = layout_of_positions(position_ids[0].tolist())
-    lengths = (length,) * batch if layout is None else layout.lengths
+    layout = layout or Layout((length,) * batch)
+    layout = Layout(layout.lengths, sliding_window, layout.shared_prefix)
     q, k, v = (
         x.transpose(1, 2).reshape(batch * length, x.shape[1], x.shape[3])
         for x in (query, key, value)
     )
-    out = _realise(
-        q, k, v, Layout(lengths, sliding_window), scale, softcap, dropout, limit=bucket_limit
-    )
+    out = _realise(q, k, v, layout, scale, softcap, dropout, limit=bucket_limit)
     return out.view(batch, length, heads, v.shape[2]), None
 
 
@@ -129,20 +128,24 @@ def _realise(
         if dropout:
             raise _unsupported("the model drops out capped attention scores (attention_dropout)")
         return bucketed_attention(q, k, v, layout, layout.tokens, scale, softcap)
-    if q.is_cuda and not dropout and (kernel := varlen_kernel(q, layout)) is not None:
+    by_varlen = q.is_cuda and not dropout and not layout.shared_prefix
+    if by_varlen and (kernel := varlen_kernel(q, layout)) is not None:
         return varlen_attention(kernel, q, k, v, layout, scale)
     if layout.window is not None:
         limit = min(limit, max(WINDOW_BUCKETS, 2 * layout.window))
-    if dropout or q.device.type != "cpu" or min(layout.lengths) > limit:
+    if dropout or q.device.type != "cpu" or min(layout.spans) > limit:
         return per_document_attention(q, k, v, layout, scale, dropout)
     short = bucketed_attention(q, k, v, layout, limit, scale, None)
-    if max(layout.lengths) <= limit:
+    if max(layout.spans) <= limit:
         return short
-    documents = zip(*(torch.split(x, list(layout.lengths)) for x in (q, k, v, short)), strict=True)
+    longer = _documents(q, k, v, layout)
+    parts = torch.split(short, list(layout.lengths))
     return torch.cat(
         [
-            bucketed if len(qd) <= limit else _document(qd, kd, vd, layout.window, scale, 0.0)
-            for qd, kd, vd, bucketed in documents
+            bucketed
+            if span <= limit
+            else _document(*qkv, layout.window, scale, 0.0)[-len(bucketed) :]
+            for span, qkv, bucketed in zip(layout.spans, longer, parts, strict=True)
         ]
     )
 
@@ -151,14 +154,40 @@ def per_document_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, dropout: float = 0.0
 ) -> Tensor:
     """One call of torch's kernel for each document: q [T, H, D], k and v [T, K, D] -> [T, H, D]."""
-    if len(layout.lengths) > 1 and len(set(layout.lengths)) == 1 and layout.window is None:
+    alike = len(layout.lengths) > 1 and len(set(layout.lengths)) == 1
+    if alike and layout.window is None and not layout.shared_prefix:
         shape = (len(layout.lengths), layout.lengths[0])
         q, k, v = (x.reshape(*shape, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
         return _torch(q, k, v, None, scale, dropout).transpose(1, 2).flatten(0, 1)
-    documents = zip(*(torch.split(x, list(layout.lengths)) for x in (q, k, v)), strict=True)
     return torch.cat(
-        [_document(qd, kd, vd, layout.window, scale, dropout) for qd, kd, vd in documents]
+        [
+            _document(*qkv, layout.window, scale, dropout)[-length:]
+            for length, qkv in zip(layout.lengths, _documents(q, k, v, layout), strict=True)
+        ]
     )
+
+
+def _documents(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield q, k and v of each document, a shared prefix in front of its own tokens.
+
+    The queries of the prefix are room only. What its keys and values get back from all documents is
+    summed in float32.
+    """
+    parts = zip(*(torch.split(x, list(layout.lengths)) for x in (q, k, v)), strict=True)
+    yield next(parts)
+    if not layout.shared_prefix:
+        yield from parts
+        return
+    room = torch.zeros_like(q[: layout.prefix])
+    wide_k, wide_v = (x[: layout.prefix].float() for x in (k, v))
+    for own_q, own_k, own_v in parts:
+        yield (
+            torch.cat([room, own_q]),
+            torch.cat([wide_k.to(k.dtype), own_k]),
+            torch.cat([wide_v.to(v.dtype), own_v]),
+        )
 
 
 def _document(

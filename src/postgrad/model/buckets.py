@@ -17,7 +17,7 @@ from postgrad.model.layout import Layout
 
 LENGTH_MULTIPLE = 16
 """A bucket is padded to a multiple of this many tokens and holds a power of two of documents, so
-that few distinct shapes occur in a run (see train.sft.ROW_MULTIPLE)."""
+that few distinct shapes occur in a run (see train.sft.ROW_MULTIPLES)."""
 BUCKET_TOKENS = 2048
 """Padded tokens in one bucket: keeps the score matrices in the cache."""
 KEPT_LENGTH = 384
@@ -30,11 +30,15 @@ class Bucket:
     """Documents of similar length as a rectangle [count, length] of token indices."""
 
     index: Tensor
-    """[count, length] positions in the packed row; `tokens` (one past the end) where padded."""
-    tokens: int
-    """Tokens of the whole packed row."""
-    padded: bool
-    rows: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """[count, length] positions in the packed row of the documents' own tokens; one past the end
+    where padded, and where a shared prefix stands, which is not asked again in each."""
+    keys: Tensor
+    """[count, length] the same with the shared prefix: what the documents see."""
+    own: int
+    """Own tokens of the documents."""
+    prefix: int = 0
+    """Tokens of the shared prefix in front of each."""
+    rows: dict[tuple[int, int, bool], Tensor] = field(default_factory=dict)
     """Cache of `head_rows`."""
 
     @property
@@ -47,54 +51,57 @@ class Bucket:
         """Tokens of the longest document."""
         return self.index.shape[1]
 
-    def head_rows(self, heads: int, group: int) -> Tensor:
+    def head_rows(self, heads: int, group: int, keys: bool = False) -> Tensor:
         """Return where each row of [count * heads / group, group * length, D] is in [T * heads, D].
 
         `group` query heads share a key head and are stacked along the query axis. Padding points
-        one token past the end.
+        one token past the end. `keys`: with the shared prefix.
         """
-        if (heads, group) not in self.rows:
-            head = torch.arange(heads, device=self.index.device).view(1, -1, group, 1)
-            rows = self.index.view(self.count, 1, 1, self.length) * heads + head
-            self.rows[heads, group] = rows.reshape(-1)
-        return self.rows[heads, group]
+        if (heads, group, keys) not in self.rows:
+            index = self.keys if keys else self.index
+            head = torch.arange(heads, device=index.device).view(1, -1, group, 1)
+            rows = index.view(self.count, 1, 1, self.length) * heads + head
+            self.rows[heads, group, keys] = rows.reshape(-1)
+        return self.rows[heads, group, keys]
 
 
 @functools.lru_cache(maxsize=16)
 def make_buckets(
-    lengths: tuple[int, ...], limit: int, device: torch.device | None = None
+    layout: Layout, limit: int, device: torch.device | None = None
 ) -> tuple[Bucket, ...]:
     """Group documents of similar length, those longer than `limit` left out.
 
     Every layer of a step asks for the same buckets, hence the cache.
     """
     starts = [0]
-    for length in lengths:
+    for length in layout.lengths:
         starts.append(starts[-1] + length)
-    by_length: dict[int, list[int]] = {}
-    for number, length in enumerate(lengths):
+    by_length: dict[tuple[int, int], list[int]] = {}
+    for number, length in enumerate(layout.spans):
         if length <= limit:
             rounded = -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-            by_length.setdefault(rounded, []).append(number)
+            before = layout.prefix if number else 0  # the prefix itself has a bucket of its own
+            by_length.setdefault((rounded, before), []).append(number)
     buckets: list[Bucket] = []
-    for longest, group in sorted(by_length.items()):
+    for (longest, before), group in sorted(by_length.items()):
         while group:
             most = max(1, min(len(group), BUCKET_TOKENS // longest))
             count = 1 << (most.bit_length() - 1)
-            buckets.append(_bucket(group[:count], longest, starts, device))
+            buckets.append(_bucket(group[:count], longest, starts, before, device))
             group = group[count:]
     return tuple(buckets)
 
 
 def _bucket(
-    group: list[int], longest: int, starts: list[int], device: torch.device | None
+    group: list[int], longest: int, starts: list[int], prefix: int, device: torch.device | None
 ) -> Bucket:
     begin = torch.tensor([starts[n] for n in group]).unsqueeze(1)
     size = torch.tensor([starts[n + 1] - starts[n] for n in group]).unsqueeze(1)
     offset = torch.arange(longest).unsqueeze(0)
-    real = offset < size
-    index = torch.where(real, begin + offset, starts[-1]).to(device)
-    return Bucket(index, starts[-1], not bool(real.all()))
+    real = (offset >= prefix) & (offset < prefix + size)
+    index = torch.where(real, begin + offset - prefix, starts[-1])
+    keys = torch.where(offset < prefix, offset, index)
+    return Bucket(index.to(device), keys.to(device), int(size.sum()), prefix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +136,7 @@ def bucketed_attention(
 
     q [T, H, D], k and v [T, K, D], H a multiple of K -> [T, H, D].
     """
-    buckets = make_buckets(layout.lengths, limit, q.device)
+    buckets = make_buckets(layout, limit, q.device)
     scores = Scores(scale, layout.window, softcap)
     return _BucketAttention.apply(q, k, v, buckets, scores)  # type: ignore[no-untyped-call,no-any-return]
 
@@ -140,7 +147,8 @@ class _BucketAttention(torch.autograd.Function):
     The H / K query heads that share a key head are stacked along the query axis, so grouped-query
     attention needs no repeated keys. Padding stands behind every document, so the causal mask
     hides it from real queries; the gradient that reaches padded queries is zero, so they add
-    nothing to any other.
+    nothing to any other. A shared prefix is read by every document as keys and values, its queries
+    are padding there; the gradients that it gets from all documents are summed in float32.
     """
 
     @staticmethod
@@ -152,7 +160,7 @@ class _BucketAttention(torch.autograd.Function):
         out = _room(q, buckets)
         kept = []
         for bucket in buckets:
-            qb, kb, vb = _gather(q, bucket, group), _gather(k, bucket, 1), _gather(v, bucket, 1)
+            qb, kb, vb = _gather(q, bucket, group), _seen(k, bucket), _seen(v, bucket)
             p = scores.probabilities(qb, kb)
             kept.append(p if bucket.length <= KEPT_LENGTH else None)
             _scatter(out, torch.bmm(p, vb), bucket, group)
@@ -165,15 +173,22 @@ class _BucketAttention(torch.autograd.Function):
         q, k, v, *kept = ctx.saved_tensors
         tokens, group, scores = len(grad), q.shape[1] // k.shape[1], ctx.scores
         dq, dk, dv = (_room(x, ctx.buckets) for x in (q, k, v))
+        shared_k, shared_v = (_SharedPrefix(x, ctx.buckets) for x in (dk, dv))
         grad = _with_padding_row(grad)
         for bucket, p in zip(ctx.buckets, kept, strict=True):
             go, qb = _gather(grad, bucket, group), _gather(q, bucket, group)
-            kb, vb = _gather(k, bucket, 1), _gather(v, bucket, 1)
+            kb, vb = _seen(k, bucket), _seen(v, bucket)
             p = scores.probabilities(qb, kb) if p is None else p
-            _scatter(dv, torch.bmm(p.transpose(1, 2), go), bucket, 1)
+            dvb = torch.bmm(p.transpose(1, 2), go)
+            _scatter(dv, dvb, bucket, 1)
+            shared_v.add(dvb, bucket)
             ds = scores.backward(torch.bmm(go, vb.transpose(1, 2)), p, qb, kb)
             _scatter(dq, torch.bmm(ds, kb), bucket, group)
-            _scatter(dk, torch.bmm(ds.transpose(1, 2), qb), bucket, 1)
+            dkb = torch.bmm(ds.transpose(1, 2), qb)
+            _scatter(dk, dkb, bucket, 1)
+            shared_k.add(dkb, bucket)
+        shared_k.settle()
+        shared_v.settle()
         return dq[:tokens], dk[:tokens], dv[:tokens], None, None
 
 
@@ -185,16 +200,42 @@ def _with_padding_row(x: Tensor) -> Tensor:
     return padded
 
 
+class _SharedPrefix:
+    """The gradient of keys or values at a shared prefix: what every document sends there."""
+
+    def __init__(self, target: Tensor, buckets: tuple[Bucket, ...]) -> None:
+        """Take the [T + 1, K, D] gradient that the sum is added to in the end."""
+        self.target, prefix = target, max((bucket.prefix for bucket in buckets), default=0)
+        self.sum = target.new_zeros(target.shape[1], prefix, target.shape[2], dtype=torch.float32)
+
+    def add(self, rows: Tensor, bucket: Bucket) -> None:
+        """Add rows [count * K, length, D] of a bucket whose documents have the prefix."""
+        if bucket.prefix:
+            heads, prefix, width = self.sum.shape
+            by_document = rows.view(bucket.count, heads, -1, width)[:, :, :prefix]
+            self.sum += by_document.sum(0, dtype=torch.float32)
+
+    def settle(self) -> None:
+        """Add the sum to the target."""
+        if self.sum.numel():
+            self.target[: self.sum.shape[1]] += self.sum.transpose(0, 1).to(self.target.dtype)
+
+
 def _room(like: Tensor, buckets: tuple[Bucket, ...]) -> Tensor:
     """Room for a result: zeros where no bucket will write (longer documents)."""
-    covered = sum(bucket.index.numel() for bucket in buckets if not bucket.padded)
+    covered = sum(bucket.own for bucket in buckets)
     return torch.empty_like(like) if covered == len(like) - 1 else torch.zeros_like(like)
 
 
-def _gather(x: Tensor, bucket: Bucket, group: int) -> Tensor:
+def _seen(x: Tensor, bucket: Bucket) -> Tensor:
+    """Gather keys or values [T + 1, K, D] with the shared prefix -> [count * K, length, D]."""
+    return _gather(x, bucket, 1, keys=True)
+
+
+def _gather(x: Tensor, bucket: Bucket, group: int, keys: bool = False) -> Tensor:
     """[T + 1, heads, D] -> [count * heads / group, group * length, D]."""
     heads, width = x.shape[1], x.shape[2]
-    index = bucket.head_rows(heads, group)
+    index = bucket.head_rows(heads, group, keys)
     if usable(x):
         rows = x.new_empty(len(index), width)
         call("gather", x.dtype, x, index, rows, len(index), width)

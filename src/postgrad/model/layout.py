@@ -4,11 +4,14 @@ Every realisation (attention.py) takes a `Layout` and is tested against `referen
 builds a mask of S x S.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from postgrad.errors import ModelError
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,18 +19,22 @@ class Layout:
     """Documents one after another in T tokens; each token sees its document's past.
 
     Token i sees token j of the same document when 0 <= i - j, and i - j < window if there is one
-    (Transformers' meaning of `sliding_window`: the token itself counts).
+    (Transformers' meaning of `sliding_window`: the token itself counts). With a shared prefix the
+    first document is the beginning of every other one as well: it stands there once, and distances
+    count as if each had its own.
     """
 
     lengths: tuple[int, ...]
-    """Tokens of each document; they add up to T."""
+    """Tokens of each document, those of a shared prefix not counted again; they add up to T."""
     window: int | None = None
+    shared_prefix: bool = False
+    """Whether the first document continues in all others."""
 
     def __post_init__(self) -> None:
         """Leave out a window that hides nothing."""
         assert self.lengths
         assert min(self.lengths) > 0
-        if self.window is not None and self.window >= max(self.lengths):
+        if self.window is not None and self.window >= max(self.spans):
             object.__setattr__(self, "window", None)
 
     @property
@@ -35,13 +42,33 @@ class Layout:
         """T."""
         return sum(self.lengths)
 
+    @property
+    def prefix(self) -> int:
+        """Tokens of the shared prefix."""
+        return self.lengths[0] if self.shared_prefix else 0
+
+    @property
+    def spans(self) -> tuple[int, ...]:
+        """Tokens of each document, the shared prefix included."""
+        first, *others = self.lengths
+        return (first, *(self.prefix + length for length in others))
+
 
 def layout_of_positions(positions: Sequence[int]) -> Layout:
     """Return the documents of a packed row from its positions: each begins at position 0.
 
     >>> layout_of_positions([0, 1, 2, 0, 0, 1]).lengths
     (3, 1, 2)
+
+    Raises:
+        ModelError: the positions jump, as after a shared prefix, which they do not tell.
     """
+    steps = itertools.pairwise(positions)
+    if any(after not in (0, before + 1) for before, after in steps):
+        raise ModelError(
+            "this model does not hand the layout of a packed row to its attention",
+            "set train.packing to off",
+        )
     starts = [index for index, position in enumerate(positions) if index == 0 or position == 0]
     return Layout(tuple(b - a for a, b in zip(starts, [*starts[1:], len(positions)], strict=True)))
 
@@ -63,9 +90,13 @@ def reference_attention(
     q, k, v = (x.double().transpose(0, 1) for x in (query, key, value))
     k, v = k.repeat_interleave(repeat, 0), v.repeat_interleave(repeat, 0)
     document = torch.repeat_interleave(torch.tensor(layout.lengths))
-    distance = torch.arange(layout.tokens)
-    distance = distance[:, None] - distance[None, :]
-    allowed = (document[:, None] == document[None, :]) & (distance >= 0)
+    spans = zip(layout.lengths, layout.spans, strict=True)
+    position = torch.cat([torch.arange(span - length, span) for length, span in spans])
+    distance = position[:, None] - position[None, :]
+    same = document[:, None] == document[None, :]
+    if layout.shared_prefix:
+        same |= document[None, :] == 0
+    allowed = same & (distance >= 0)
     if layout.window is not None:
         allowed &= distance < layout.window
     scores = (q @ k.transpose(-1, -2)) * scale

@@ -29,7 +29,7 @@ from postgrad.train.plan import (
     with_eval_rows,
 )
 from postgrad.train.preflight import preflight
-from postgrad.train.sft import SupervisedFineTuning, has_plain_head
+from postgrad.train.sft import SupervisedFineTuning, can_share_prefix, has_plain_head
 from postgrad.train.stream import Stream
 from postgrad.types import Batch, Check, Dropped, Split, Tokens
 
@@ -125,7 +125,11 @@ def open_session(recipe: Recipe, dataset: Dataset, loaded: Loaded | None = None)
         loaded.model.requires_grad_(True)
     renderings, rows, dropped = _rows(recipe, dataset, renderer)
     full_in_bf16 = isinstance(adapt, FullConfig) and loaded.dtype == torch.bfloat16
-    objective = SupervisedFineTuning(has_plain_head(loaded.model), autocast=full_in_bf16)
+    objective = SupervisedFineTuning(
+        has_plain_head(loaded.model),
+        autocast=full_in_bf16,
+        share_prefix=recipe.train.shared_prefix == "auto" and can_share_prefix(loaded.model),
+    )
     session = Session(recipe, loaded, renderer, renderings, rows[0], rows[1], dropped, objective)
     return _resolved(session)
 

@@ -8,16 +8,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from postgrad.data.batches import micro_batches
+from postgrad.errors import ModelError
+from postgrad.model.attention import is_ours, training_attention
 from postgrad.model.fused import cross_entropy
 from postgrad.model.layout import Layout
 from postgrad.model.transfer import on_device
-from postgrad.types import Batch, LossSum
+from postgrad.types import Batch, IntArray, LossSum, Tokens
 
-ROW_MULTIPLE = 64
-"""A packed row is padded to a multiple of this many tokens, with a document that nothing reads."""
+ROW_MULTIPLES = {512: 16, 1 << 62: 64}
+"""Tokens of a packed row -> it is padded to a multiple of this many, by a document that nothing
+reads."""
 POSITION_MULTIPLE = 32
 """Supervised positions are padded to a multiple of this, with weight zero. Few distinct shapes let
 oneDNN keep its kernels and malloc its blocks: without, a long CPU run slows down by half."""
+SHARED_LEAST = 0.04
+"""A common beginning is computed once when that saves at least this share of the tokens."""
 CHUNK = 1024
 """Supervised positions whose logits exist at the same time."""
 
@@ -75,22 +81,21 @@ class SupervisedFineTuning:
     """Skip the logits (see `_FusedCrossEntropy`); False goes through the model's own head."""
     autocast: bool = False
     """Compute a float32 model in bf16 (full tuning keeps float32 master weights)."""
+    share_prefix: bool = False
+    """Compute what all documents of a packed row begin with once (see `share_prefix`)."""
 
     def __call__(self, model: Any, batch: Batch, per_document: bool = False) -> LossSum:
         """Return the loss sum of a micro-batch; `per_document` adds a sum for each document."""
         device = model.get_input_embeddings().weight.device
         rows, columns = np.nonzero(batch.weights)
         spare = (0, -len(rows) % POSITION_MULTIPLE)
+        inputs, place = model_inputs(batch, device, self.share_prefix and is_ours(model))
         flat, labels, weights = (
-            on_device(np.pad(values, spare), device)
-            for values in (
-                rows * _row_length(batch) + columns,
-                batch.labels[rows, columns],
-                batch.weights[rows, columns],
-            )
+            on_device(np.pad(values[rows, columns], spare), device)
+            for values in (place, batch.labels, batch.weights)
         )
         with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
-            total, losses = self._losses(model, batch, flat, labels, weights, device)
+            total, losses = self._losses(model, inputs, flat, labels, weights)
         sums = None
         if per_document:
             document = on_device(batch.documents[rows, columns], device)
@@ -99,9 +104,8 @@ class SupervisedFineTuning:
         return LossSum(total, batch.supervised, sums)
 
     def _losses(
-        self, model: Any, batch: Batch, flat: Tensor, labels: Tensor, weights: Tensor, device: Any
+        self, model: Any, inputs: dict[str, Any], flat: Tensor, labels: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        inputs = model_inputs(batch, device)
         if self.fused:
             hidden = model.base_model(**inputs).last_hidden_state
             hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, flat)
@@ -129,31 +133,109 @@ def has_plain_head(model: Any) -> bool:
         return torch.allclose(head(hidden).float(), logits, rtol=1e-5, atol=1e-5)
 
 
-def _row_length(batch: Batch) -> int:
-    """Return the tokens of a row as the model sees it."""
-    length = int(batch.ids.shape[1])
-    return length + -length % ROW_MULTIPLE if batch.packed else length
-
-
-def model_inputs(batch: Batch, device: Any) -> dict[str, Any]:
-    """Return what the model gets: ids, positions, and the layout of the rows.
+def model_inputs(batch: Batch, device: Any, share: bool = False) -> tuple[dict[str, Any], IntArray]:
+    """Return what the model gets (ids, positions, the layout of the rows) and where it answers.
 
     Padded rows are documents of equal length. Without a layout attention would look for documents
     in the positions of a single row, and wait for the device to read them.
 
     Never a 2-D attention mask: with Transformers any such mask switches packing isolation off.
+
+    Args:
+        batch: R rows of S tokens.
+        device: where the model is.
+        share: what all documents of a packed row begin with is given once.
+
+    Returns:
+        The keywords, and [R, S]: which of the model's hidden states, rows one after another,
+        belongs to each position of the batch.
     """
-    ids, positions, lengths = batch.ids, batch.positions, batch.lengths
-    spare = _row_length(batch) - ids.shape[1]
+    rows, length = batch.ids.shape
+    place = np.arange(rows * length).reshape(rows, length)
+    ids, positions, lengths, prefix = batch.ids, batch.positions, batch.lengths, 0
+    if share and batch.packed:
+        prefix = shared_prefix(batch)
+    if prefix:
+        own = positions >= prefix
+        own[0, :prefix] = True
+        place = np.where(own, own.cumsum(1) - 1, positions)
+        ids, positions = ids[own][None], positions[own][None]
+        lengths = (prefix, *(each - prefix for each in lengths))
+    spare = -ids.shape[1] % row_multiple(ids.shape[1]) if batch.packed else 0
     if spare:
         ids = np.pad(ids, ((0, 0), (0, spare)))
-        positions = np.concatenate([positions, np.arange(spare)[None]], axis=1)
+        positions = np.concatenate([positions, prefix + np.arange(spare)[None]], axis=1)
         lengths = (*lengths, spare)
     inputs: dict[str, Any] = {
         "input_ids": on_device(ids, device),
         "position_ids": on_device(positions, device),
         "use_cache": False,
     }
-    rows, length = ids.shape
-    inputs["layout"] = Layout(lengths if batch.packed else (length,) * rows)
-    return inputs
+    lengths = lengths if batch.packed else (length,) * rows
+    inputs["layout"] = Layout(lengths, shared_prefix=prefix > 0)
+    return inputs, place
+
+
+def row_multiple(tokens: int) -> int:
+    """Return what a packed row of so many tokens is padded to a multiple of."""
+    return next(multiple for most, multiple in ROW_MULTIPLES.items() if tokens <= most)
+
+
+def shared_prefix(batch: Batch) -> int:
+    """Return how many tokens all documents of a packed row begin with, when it pays; else 0.
+
+    In a causal model the hidden states of equal beginnings are equal, whatever follows: a system
+    prompt that stands in every row is computed once for all, and gets the sum of their gradients.
+    Positions that predict something supervised stay with their documents, and each document keeps
+    a token of its own.
+    """
+    lengths = np.array(batch.lengths)
+    supervised = batch.positions[0][batch.weights[0] != 0]
+    most = min(int(lengths.min()) - 1, int(supervised.min(initial=batch.ids.shape[1])))
+    starts = np.cumsum(lengths) - lengths
+    beginnings = batch.ids[0][starts[:, None] + np.arange(most)]
+    differs = (beginnings != beginnings[0]).any(0)
+    prefix = int(differs.argmax()) if differs.any() else most
+    return prefix if (len(lengths) - 1) * prefix >= SHARED_LEAST * batch.ids.shape[1] else 0
+
+
+def can_share_prefix(model: Any) -> bool:
+    """Whether the model computes the same when a common beginning stands in the row once.
+
+    False on a GPU, whose kernels know no shared beginning, under dropout, which would then be
+    shared too, and for layers that do not hand the layout to their attention.
+    """
+    embeddings = model.get_input_embeddings().weight
+    if embeddings.device.type != "cpu" or dropout_of(model):
+        return False
+    ids = np.arange(8) % len(embeddings)
+    documents = [
+        Tokens(np.concatenate([ids, ids[:n][::-1]]), np.zeros(8 + n, np.float32), str(n))
+        for n in (5, 2, 3)
+    ]
+    batch = micro_batches(documents, 100, packed=True)[0]
+    assert shared_prefix(batch) >= 8
+    found = []
+    try:
+        with torch.no_grad(), training_attention(model):
+            for share in (False, True):
+                inputs, place = model_inputs(batch, embeddings.device, share)
+                hidden = model.base_model(**inputs).last_hidden_state[0]
+                found.append(hidden[torch.from_numpy(place[0])].float())
+    except (ModelError, TypeError, ValueError, RuntimeError):
+        return False
+    apart, together = found
+    error = float((apart - together).norm() / apart.norm())
+    return error <= (1e-4 if embeddings.dtype == torch.float32 else 0.02)
+
+
+def dropout_of(model: Any) -> float:
+    """Return the largest dropout rate of the model's layers and its attention."""
+    config = model.config.get_text_config()
+    rates = [
+        rate
+        for module in model.modules()
+        for rate in (getattr(module, "p", 0.0), getattr(module, "dropout", 0.0))
+        if isinstance(rate, float)
+    ]
+    return max([*rates, float(getattr(config, "attention_dropout", 0.0) or 0.0)])

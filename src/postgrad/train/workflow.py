@@ -218,6 +218,6 @@ def _logits(session: Session, model: Any) -> Tensor:
     found = []
     with torch.no_grad():
         for batch in batches:
-            logits = model(**model_inputs(batch, model.device)).logits
+            logits = model(**model_inputs(batch, model.device)[0]).logits
             found.append(logits[torch.from_numpy(batch.weights > 0)].float())
     return torch.cat(found)

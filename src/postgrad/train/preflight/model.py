@@ -19,6 +19,7 @@ from postgrad.data.batches import micro_batches
 from postgrad.data.render import Rendering
 from postgrad.model.attention import BUCKET_LIMIT, is_ours, training_attention
 from postgrad.model.fused import own_layers
+from postgrad.model.transfer import on_device
 from postgrad.train.objective import Objective
 from postgrad.train.optimizer import trainable
 from postgrad.train.preflight.memory import fits_in_memory
@@ -27,7 +28,9 @@ from postgrad.types import Batch, Check, Tokens
 
 PROBE_ROWS = 4
 PROBE_TOKENS = 96
-"""Tokens of a row that go through a probe: its end, where the answer is."""
+"""Tokens of a row that go through a probe: its beginning, and its end, where the answer is."""
+BEGINNING = 16
+"""Tokens of them that are the beginning."""
 LONG_PROBE_TOKENS = BUCKET_LIMIT + 16
 """Tokens of the first probe row at least, if the user's rows are so long."""
 SAMPLED_ELEMENTS = 20_000_000
@@ -76,7 +79,8 @@ def check_model(
     rows = probe_rows(renderings, long_tokens)
     tolerance = TOLERANCES.get(precision, TOLERANCES[torch.bfloat16])
     with undisturbed(model):
-        isolation = packing_isolation(model, rows, config.packing, long_tokens)
+        share = bool(getattr(objective, "share_prefix", False))
+        isolation = packing_isolation(model, rows, config.packing, long_tokens, share)
         packed = bool(isolation.data["packed"])
         with training_attention(model):
             ours = measure(model, _objective_losses(model, objective, rows, packed), rows)
@@ -130,17 +134,24 @@ def probe_rows(
     if len(chosen) == 1:
         chosen *= 2
     limits = [long_tokens, *[PROBE_TOKENS] * (len(chosen) - 1)]
-    ends = [_ending(row, limit) for row, limit in zip(chosen, limits, strict=True)]
+    ends = [_ends(row, limit) for row, limit in zip(chosen, limits, strict=True)]
     return [replace(row, example_id=f"probe-{n}") for n, row in enumerate(ends)]
 
 
-def _ending(row: Tokens, limit: int) -> Tokens:
-    """Cut a row to its last supervised token and the tokens before it, `limit` in all."""
+def _ends(row: Tokens, limit: int) -> Tokens:
+    """Cut a row to `limit` tokens: its beginning, and its last supervised token and those before.
+
+    The beginning is what rows have in common, and what is computed for all of them at once.
+    """
     last = int(np.flatnonzero(row.weights)[-1]) + 1
-    first = max(0, last - limit)
-    weights = row.weights[first:last].copy()
-    weights[0] = 0
-    return Tokens(row.ids[first:last], weights, row.example_id)
+    if last <= limit:
+        return Tokens(row.ids[:last], row.weights[:last], row.example_id)
+    begin = min(BEGINNING, limit // 2)
+    first = last - (limit - begin)
+    weights = np.concatenate([row.weights[:begin], row.weights[first:last]])
+    weights[[0, begin]] = 0
+    ids = np.concatenate([row.ids[:begin], row.ids[first:last]])
+    return Tokens(ids, weights, row.example_id)
 
 
 def untrained_token_ids(model: Any, renderings: Sequence[Rendering]) -> Check:
@@ -223,9 +234,15 @@ def context_length(model: Any, renderings: Sequence[Rendering]) -> Check:
 
 
 def packing_isolation(
-    model: Any, rows: Sequence[Tokens], packing: str, long_tokens: int = LONG_PROBE_TOKENS
+    model: Any,
+    rows: Sequence[Tokens],
+    packing: str,
+    long_tokens: int = LONG_PROBE_TOKENS,
+    share: bool = False,
 ) -> Check:
     """Change one token of a packed document: nothing in the other documents may move.
+
+    `share`: as documents are laid out that have their beginning in common.
 
     `data["packed"]` says whether rows may be packed. When documents see each other and
     `train.packing` is auto, each gets a row of its own; with `on` the check refuses.
@@ -234,7 +251,7 @@ def packing_isolation(
     if packing == "off":
         return Check(name, True, "each document has a row of its own", data={"packed": False})
     try:
-        moved, others, control = _perturb(model, rows, long_tokens)
+        moved, others, control = _perturb(model, rows, long_tokens, share)
     except (TypeError, ValueError, RuntimeError) as error:
         moved, others, control = 1, 1, 1
         found = f"this model does not take packed rows ({_first_line(error)})"
@@ -253,7 +270,9 @@ def packing_isolation(
     return Check(name, False, found, remedy, failures=moved, data={"packed": True, **figures})
 
 
-def _perturb(model: Any, rows: Sequence[Tokens], long_tokens: int) -> tuple[int, int, int]:
+def _perturb(
+    model: Any, rows: Sequence[Tokens], long_tokens: int, share: bool
+) -> tuple[int, int, int]:
     """Return positions of other documents that moved, how many there are, and own ones that moved.
 
     The first document is long enough for the realisation of attention that long ones take. Its last
@@ -262,20 +281,20 @@ def _perturb(model: Any, rows: Sequence[Tokens], long_tokens: int) -> tuple[int,
     """
     long = np.resize(rows[0].ids, long_tokens)
     documents = [Tokens(long, np.zeros(len(long), np.float32), "probe-long")]
-    documents += [_ending(row, 32) for row in rows[:3]]
+    documents += [_ends(row, 32) for row in rows[:3]]
     batch = micro_batches(documents, sum(map(len, documents)), packed=True)[0]
     moved = others = control = 0
     with torch.no_grad(), training_attention(model):
-        before = _hidden(model, batch)
+        before = _hidden(model, batch, share)
         noise: Tensor | None = None
         for document in range(2):
             inside = batch.documents[0] == document
             at = np.flatnonzero(inside)[-1]
             ids = batch.ids.copy()
             ids[0, at] = next(i for i in (*ids[0], 0, 1) if i != ids[0, at])
-            changed = _hidden(model, replace(batch, ids=ids)) != before
+            changed = _hidden(model, replace(batch, ids=ids), share) != before
             if changed[0, ~inside].any():
-                noise = _hidden(model, batch) != before if noise is None else noise
+                noise = _hidden(model, batch, share) != before if noise is None else noise
                 changed &= ~noise
             by_position = changed.any(-1)[0].cpu().numpy()
             moved += int(by_position[~inside].sum())
@@ -284,11 +303,12 @@ def _perturb(model: Any, rows: Sequence[Tokens], long_tokens: int) -> tuple[int,
     return moved, others, control
 
 
-def _hidden(model: Any, batch: Batch) -> Tensor:
+def _hidden(model: Any, batch: Batch, share: bool) -> Tensor:
     """[1, S, H] last hidden states."""
     device = model.get_input_embeddings().weight.device
-    hidden: Tensor = model.base_model(**model_inputs(batch, device)).last_hidden_state
-    return hidden[:, : batch.ids.shape[1]]
+    inputs, place = model_inputs(batch, device, share)
+    hidden: Tensor = model.base_model(**inputs).last_hidden_state
+    return hidden[:, on_device(place[0], device)]
 
 
 @dataclass(frozen=True, slots=True)
