@@ -9,13 +9,12 @@ from postgrad.config import (
     FullConfig,
     LoraConfig,
     Recipe,
-    apply_overrides,
     json_schema,
     load_recipe,
     parse_recipe,
 )
 from postgrad.errors import ConfigError
-from postgrad.strict_yaml import parse_yaml
+from postgrad.strict_yaml import apply_overrides, parse_yaml
 
 TREE = {"name": "bot", "model": {"base": "some/model"}, "data": {"train": "rows.jsonl"}}
 TEXT = "name: bot\nmodel: {base: some/model}\ndata: {train: rows.jsonl}\n"

@@ -12,83 +12,43 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    Tag,
     ValidationError,
     model_validator,
 )
 
 from postgrad.errors import ConfigError
 from postgrad.keys import describe, problems
-from postgrad.strict_yaml import dump_yaml, key_lines, parse_yaml
+from postgrad.sections import AdapterConfig, DialConfig, FullConfig, LoraConfig, Section
+from postgrad.strict_yaml import apply_overrides, dump_yaml, key_lines, parse_yaml
+
+__all__ = [
+    "TARGET_GATE",
+    "DataConfig",
+    "DialConfig",
+    "EvaluateConfig",
+    "FullConfig",
+    "GatesConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "Recipe",
+    "ScorerName",
+    "Section",
+    "TrainConfig",
+    "fields",
+    "json_schema",
+    "load_recipe",
+    "parse_recipe",
+]
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Auto = Literal["auto"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Source = Annotated[str, Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """Base of every section: immutable, unknown keys are errors, docstrings are descriptions."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-        allow_inf_nan=False,
-    )
-
-
-class LoraConfig(Section):
-    """Low-rank adapters on a frozen base (Hu et al. 2021, arXiv 2106.09685)."""
-
-    kind: Literal["lora"] = "lora"
-    """Adapter method."""
-    r: PositiveInt = 16
-    """Rank. Over 35 models rank 16 costs a median 0.29 % of test loss against the best rank,
-    rank 64 costs 0.00 % (recomputed from the tinker-cookbook SFT sweep)."""
-    lora_alpha: PositiveFloat = 32
-    """Scale numerator: the update is lora_alpha / r * B A. A fixed alpha of 32 lets one learning
-    rate serve every rank (LoRA Without Regret, Schulman et al. 2025)."""
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout on the adapter's input. 0 unless the data are tiny (below about 1,000 rows)."""
-    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = (
-        "all-linear"
-    )
-    """Which linear layers get an adapter: all but the output head, or a list of name endings.
-    Attention-only underperforms even at equal parameter count (LoRA Without Regret)."""
-    use_rslora: bool = False
-    """Scale by lora_alpha / sqrt(r) instead (rank-stabilised LoRA, arXiv 2312.03732)."""
-
-
-class FullConfig(Section):
-    """Full fine-tuning: every parameter is trained."""
-
-    kind: Literal["full"] = "full"
-    """Adapter method."""
-
-
-def _adapter_kind(value: Any) -> Any:
-    """Return which adapter section a value is: `kind`, or lora when it is left out."""
-    return value.get("kind", "lora") if isinstance(value, Mapping) else getattr(value, "kind", None)
-
-
-AdapterConfig = Annotated[
-    Annotated[LoraConfig, Tag("lora")] | Annotated[FullConfig, Tag("full")],
-    Discriminator(
-        _adapter_kind,
-        custom_error_type="adapter_kind",
-        custom_error_message="must be {{kind: lora, ...}} or {{kind: full}}",
-    ),
-]
 
 
 class ModelConfig(Section):
@@ -302,6 +262,9 @@ class EvaluateConfig(Section):
     compare one with the other."""
     benchmarks: Source | None = None
     """Folder with benchmark files, looked at before the hub and the embedded samples."""
+    dial: DialConfig | None = None
+    """Points between base and tuned model, {lambdas: [0.5], margin: 1}: what each keeps of the gain
+    and how much less it forgets; null = not measured. Needs evaluate.retention."""
 
 
 class ReportConfig(Section):
@@ -364,6 +327,8 @@ class Recipe(Section):
                 "evaluate.gates.target speaks of few-shot prompting, but evaluate.fewshot has no "
                 "number above 0"
             )
+        if evaluate.dial:
+            _check_dial(evaluate.dial, evaluate.retention, self.train.save_total_limit)
         if (data.format == "columns") != (data.columns is not None):
             raise ValueError("data.format columns and data.columns go together")
         if "{prompt}" not in data.prompt_template:
@@ -401,6 +366,23 @@ class Recipe(Section):
         return dump_yaml(self.model_dump(mode="json"))
 
 
+def _check_dial(dial: DialConfig, retention: Sequence[str], kept: int) -> None:
+    """Raise ValueError for a dial that could not be measured."""
+    problem = dial.problem()
+    if not retention:
+        problem = (
+            "evaluate.dial weighs the gain against what was forgotten: name benchmarks in "
+            "evaluate.retention"
+        )
+    elif dial.checkpoints > kept:
+        problem = (
+            f"evaluate.dial.checkpoints is {dial.checkpoints}, but train.save_total_limit keeps "
+            f"{kept}: raise it"
+        )
+    if problem:
+        raise ValueError(problem)
+
+
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
@@ -429,43 +411,6 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: not a recipe", "start with `name:`, `model:` and `data:`")
     return parse_recipe(apply_overrides(tree, overrides), str(path), key_lines(text))
-
-
-def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Return a copy of `tree` with each `a.b=value` set; the value is YAML, or else plain text.
-
-    >>> apply_overrides({"train": {}}, ["train.learning_rate=1e-4", "data.system=Answer: yes"])
-    {'train': {'learning_rate': 0.0001}, 'data': {'system': 'Answer: yes'}}
-    """
-    result: dict[str, Any] = json.loads(json.dumps(tree, default=str))
-    for override in overrides:
-        key, equals, raw = override.partition("=")
-        *parents, last = key.split(".")
-        if not equals or not all((*parents, last)):
-            raise ConfigError(
-                f"override {override!r} is not KEY=VALUE", "write section.field=value"
-            )
-        node = result
-        for parent in parents:
-            child = node.get(parent)
-            if child is None:
-                child = node[parent] = {}
-            if not isinstance(child, dict):
-                raise ConfigError(f"override {key}: {parent} is not a section", "check the key")
-            node = child
-        node[last] = _override_value(raw, key)
-    return result
-
-
-def _override_value(raw: str, key: str) -> Any:
-    bracketed = raw.lstrip()[:1] in ("{", "[", '"', "'")
-    try:
-        value = parse_yaml(raw, f"override {key}")
-    except ConfigError:
-        if bracketed:
-            raise
-        return raw
-    return raw if isinstance(value, dict | list) and not bracketed else value
 
 
 def parse_recipe(

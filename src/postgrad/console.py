@@ -42,6 +42,8 @@ def result_text(document: Mapping[str, Any]) -> str:
     parts.append(gates_text(document.get("gates") or ()))
     parts.append(measurements_text(document.get("measurements") or (), labels))
     parts.append(comparisons_text(document.get("comparisons") or ()))
+    parts.append(dial_text(document.get("dial") or {}))
+    parts.append(frontiers_text(document.get("frontiers") or ()))
     parts.append(seeds_text(document.get("seeds") or ()))
     parts.append(references_text(document.get("references") or ()))
     parts.append(costs_text(document.get("costs") or {}))
@@ -111,6 +113,65 @@ def comparisons_text(comparisons: Sequence[Mapping[str, Any]]) -> str:
             f"n = {c['n']:,}; this n would have seen {100 * c['detectable']:.1f} points"
         )
     return "\n".join(lines)
+
+
+def dial_text(dial: Mapping[str, Any]) -> str:
+    """Return the points of a dial with what each keeps and loses, what they show, the choice."""
+    if not dial:
+        return ""
+    head = (
+        f"dial: {dial['n']:,} validation rows, "
+        f"{', '.join(f'{items:,} of {task}' for task, items in dial['items'].items())}"
+    )
+    rows = [_dial_row(point, dial["chosen"]) for point in dial["points"]]
+    left = [f"left out: {reason}" for reason in dial["left_out"]]
+    said = [*dial["findings"], dial["choice"]]
+    said += [f"exported to {dial['exported']}"] if dial["exported"] else []
+    return "\n".join([head, table(_DIAL_HEADS, rows), *left, *said])
+
+
+def frontiers_text(frontiers: Sequence[Mapping[str, Any]]) -> str:
+    """Return the dials of several runs as one table; nothing when they cannot be compared."""
+    if not frontiers:
+        return ""
+    rows = [
+        [entry["run"], *_dial_row(point, entry["dial"]["chosen"])]
+        for entry in frontiers
+        for point in entry["dial"]["points"]
+    ]
+    head = "dials, measured on the same validation rows and benchmark items"
+    return f"{head}\n{table(['run', *_DIAL_HEADS], rows)}"
+
+
+_DIAL_HEADS = (
+    *("point", "validation", "interval", "gain kept", "interval", "retention, points", "interval"),
+    *("less forgetting than tuned", "p (corrected)", ""),
+)
+
+
+def _dial_row(point: Mapping[str, Any], chosen: str) -> list[str]:
+    place, between = point["place"], point["spared"] is not None
+    where = f"lambda {place['scale']:g}"
+    if place["step"] is not None:
+        where = f"step {place['step']:,}"
+    kept = f"[{_percent(point['kept_low'])}, {_percent(point['kept_high'])}]"
+    lost = f"[{100 * point['retention_low']:+.1f}, {100 * point['retention_high']:+.1f}]"
+    spared = ""
+    if between:
+        spared = f"{100 * point['spared']:.1f} [{100 * point['spared_low']:+.1f}, "
+        spared += f"{100 * point['spared_high']:+.1f}]"
+    return [
+        where,
+        _percent(point["target"]),
+        f"[{_percent(point['target_low'])}, {_percent(point['target_high'])}]",
+        "" if point["kept"] is None else _percent(point["kept"]),
+        "" if point["kept"] is None else kept,
+        f"{100 * point['retention']:+.1f}",
+        lost,
+        spared,
+        _p_value(point["corrected"]) if between else "",
+        "chosen" if place["name"] == chosen else "",
+    ]
 
 
 def rows_needed_text(plan: Mapping[str, Any]) -> str:

@@ -245,6 +245,7 @@ def document(run: Run) -> dict[str, Any]:
         "costs": measured.get("costs", {}),
         "seeds": measured.get("seeds", []),
         "retention": measured["retention"],
+        "dial": measured.get("dial"),
         "train": record.get("train"),
         "seconds": record.get("seconds", {}),
         "report": str(run.report_path) if run.report_path.exists() else None,

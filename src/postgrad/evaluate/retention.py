@@ -17,7 +17,8 @@ from postgrad.errors import ModelError
 from postgrad.evaluate import compare, statistics
 from postgrad.evaluate.benchmarks import Benchmark
 from postgrad.evaluate.evidence import read_evidence, write_evidence
-from postgrad.evaluate.models import TUNED, Models
+from postgrad.evaluate.gates import BASE, DIALLED, TUNED
+from postgrad.evaluate.models import Models
 from postgrad.evaluate.tasks import Item, Kind, choose_shots, preamble, shot_text
 from postgrad.model.generate import generate
 from postgrad.model.likelihood import Likelihood, Pair, encode_pairs, log_likelihoods
@@ -25,7 +26,6 @@ from postgrad.progress import Display
 from postgrad.run import Run
 from postgrad.types import Comparison, Completion, Evidence, Measurement, Message, Score
 
-BASE = "base"
 Render = Callable[[Sequence[Message]], str]
 """Messages -> text under the chat template, with the opening of the answer."""
 SHOWN_OPTION = 60
@@ -45,8 +45,11 @@ class Retention:
 def measure_retention(
     run: Run, recipe: Recipe, benchmarks: Sequence[Benchmark], models: Models, display: Display
 ) -> Retention:
-    """Ask every benchmark of both arms and compare; only `base` when there is no tuned model."""
-    arms = [BASE, TUNED] if models.has_tuned else [BASE]
+    """Ask every benchmark of every arm there is, `base` first, and compare each with those before.
+
+    The tuned model is compared with the base, the dialled one with both; each is a suite.
+    """
+    arms = [BASE, *(arm for arm in (TUNED, DIALLED) if models.has(arm))]
     measurements: list[Measurement] = []
     comparisons: list[Comparison] = []
     for benchmark in benchmarks:
@@ -55,7 +58,7 @@ def measure_retention(
         display.note(f"benchmark {benchmark.label}")
     # arm by arm: switching from one model to the other is not free
     rows = {
-        (benchmark.task.name, arm): _arm(run, recipe, benchmark, arm, models, display)
+        (benchmark.task.name, arm): ask_benchmark(run, recipe, benchmark, arm, models, display)
         for arm in arms
         for benchmark in benchmarks
     }
@@ -64,11 +67,13 @@ def measure_retention(
         for arm in arms:
             place = str(run.evidence_path(name, arm).relative_to(run.path))
             measurements += _measure(benchmark, rows[name, arm], arm, recipe, place)
-        if TUNED in arms:
-            pair = (rows[name, BASE], rows[name, TUNED])
-            comparisons.append(_compare(benchmark, *pair, recipe))
-    if len(comparisons) > 1:  # a suite: one of many benchmarks differs by chance
-        comparisons = compare.correct(comparisons, recipe.evaluate.confidence)
+    for a, b in ((BASE, TUNED), (BASE, DIALLED), (TUNED, DIALLED)):
+        if a in arms and b in arms:
+            suite = [_compare(x, rows[x.task.name, a], rows[x.task.name, b], recipe, a, b)
+                     for x in benchmarks]  # fmt: skip
+            if len(suite) > 1:  # one of many benchmarks differs by chance
+                suite = compare.correct(suite, recipe.evaluate.confidence)
+            comparisons += suite
     tasks = tuple(_facts(benchmark, recipe) for benchmark in benchmarks)
     return Retention(tuple(measurements), tuple(comparisons), tasks)
 
@@ -122,16 +127,21 @@ def _measure(
 
 
 def _compare(
-    benchmark: Benchmark, base: Sequence[Evidence], tuned: Sequence[Evidence], recipe: Recipe
+    benchmark: Benchmark,
+    a_rows: Sequence[Evidence],
+    b_rows: Sequence[Evidence],
+    recipe: Recipe,
+    a: str,
+    b: str,
 ) -> Comparison:
     metric = benchmark.task.metrics[0]
     return compare.compare(
-        observed(benchmark, base, metric),
-        observed(benchmark, tuned, metric),
+        observed(benchmark, a_rows, metric),
+        observed(benchmark, b_rows, metric),
         benchmark.task.name,
         metric,
-        BASE,
-        TUNED,
+        a,
+        b,
         recipe.evaluate.confidence,
         recipe.data_seed,
     )
@@ -158,11 +168,20 @@ def _perplexity(
     )
 
 
-def _arm(
-    run: Run, recipe: Recipe, benchmark: Benchmark, arm: str, models: Models, display: Display
+def ask_benchmark(
+    run: Run,
+    recipe: Recipe,
+    benchmark: Benchmark,
+    arm: str,
+    models: Models,
+    display: Display,
+    folder: str = "",
 ) -> list[Evidence]:
-    """Return the evidence of one task and arm: what is there already, or new."""
-    name = benchmark.task.name
+    """Return the evidence of one task and arm: what is there already, or new.
+
+    `folder` (with a slash) is where below evidence/ it is kept.
+    """
+    name = folder + benchmark.task.name
     if run.evidence_path(name, arm).exists():
         rows = read_evidence(run, name, arm)
         if [row.example_id for row in rows] == [item.id for item in benchmark.items]:

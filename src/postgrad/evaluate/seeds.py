@@ -22,7 +22,7 @@ from postgrad.evaluate.compare import (
     row_scores,
 )
 from postgrad.evaluate.evidence import read_evidence
-from postgrad.evaluate.gates import TUNED
+from postgrad.evaluate.gates import BASE, DIALLED, TUNED
 from postgrad.run import Run, read_json
 from postgrad.types import Comparison, Evidence, Measurement, SeedSpread
 
@@ -31,9 +31,10 @@ METHOD = "two-level"
 
 def reuse_base_evidence(first: Run, run: Run) -> None:
     """Copy what the base model answered: same model, rows and prompts, whatever the seed."""
-    for path in sorted((first.path / "evidence").glob("*.jsonl")):
-        target = run.path / "evidence" / path.name
-        if not path.name.endswith(f".{TUNED}.jsonl") and not target.exists():
+    for path in sorted((first.path / "evidence").rglob("*.jsonl")):
+        target = run.path / path.relative_to(first.path)
+        arm = path.name.removesuffix(".jsonl").rpartition(".")[2]
+        if (arm == BASE or arm.startswith(f"{BASE}-")) and not target.exists():
             run.write_text(target, path.read_text(encoding="utf-8"))
 
 
@@ -50,8 +51,9 @@ def combine(parent: Run, members: Sequence[Run]) -> dict[str, Any]:
     trees = [read_json(member.measurements_path) for member in members]
     first, own = trees[0], members[0].path.relative_to(parent.path)
     document = {**first, "measurements": [], "comparisons": [], "seeds": []}
+    document.pop("dial", None)  # each seed has chosen its own point
     for m in first["measurements"]:
-        if not is_row_mean(m["metric"]):
+        if not is_row_mean(m["metric"]) or m["arm"] == DIALLED:
             continue
         if m["arm"] != TUNED:
             document["measurements"].append({**m, "evidence": f"{own}/{m['evidence']}"})

@@ -12,9 +12,12 @@ from postgrad.errors import DataError
 from postgrad.evaluate import compare
 from postgrad.evaluate.benchmarks import load_benchmarks
 from postgrad.evaluate.cost import measure_costs
+from postgrad.evaluate.dial import measure_dial
 from postgrad.evaluate.evidence import read_evidence, write_evidence
+from postgrad.evaluate.frontier import to_tree
+from postgrad.evaluate.gates import DIALLED, TUNED
 from postgrad.evaluate.linear import linear_floor
-from postgrad.evaluate.models import TUNED, Models
+from postgrad.evaluate.models import Models
 from postgrad.evaluate.retention import measure_retention
 from postgrad.evaluate.runner import (
     choose_shots,
@@ -64,7 +67,19 @@ def evaluate_run(run: Run, dataset: Dataset, display: Display) -> dict[str, Any]
     benchmarks = load_benchmarks(recipe)
     arms = list(base_arms(recipe.evaluate))
     arms += [TUNED] if models.has_tuned else []
-    rows = _evidence(run, recipe, dataset, tests, arms, models, display)
+
+    def ask(
+        task: str, examples: Sequence[Example], arms: Sequence[str]
+    ) -> dict[str, list[Evidence]]:
+        return _evidence(run, recipe, dataset, task, examples, arms, models, display)
+
+    dial = None
+    if recipe.evaluate.dial and not models.has_tuned:
+        display.note("dial: not measured, there is no tuned model")
+    elif recipe.evaluate.dial:
+        dial = measure_dial(run, recipe, dataset, benchmarks, models, ask, display)
+        arms += [DIALLED] if models.has(DIALLED) else []
+    rows = ask(recipe.name, tests, arms)
     scorer = recipe.evaluate.scorer
     measurements = [
         compare.measure(
@@ -80,11 +95,11 @@ def evaluate_run(run: Run, dataset: Dataset, display: Display) -> dict[str, Any]
     ]
     comparisons = [
         compare.compare(
-            rows[arm], rows[TUNED], recipe.name, scorer, arm, TUNED,
+            rows[a], rows[b], recipe.name, scorer, a, b,
             recipe.evaluate.confidence, recipe.data_seed,
         )
-        for arm in arms
-        if TUNED in rows and arm != TUNED
+        for b in (TUNED, DIALLED) if b in arms
+        for a in arms[: arms.index(b)]
     ]  # fmt: skip
     retention = measure_retention(run, recipe, benchmarks, models, display)
     document = {
@@ -94,12 +109,18 @@ def evaluate_run(run: Run, dataset: Dataset, display: Display) -> dict[str, Any]
         "comparisons": [dataclasses.asdict(c) for c in (*comparisons, *retention.comparisons)],
         "references": _references(recipe, dataset, tests),
         "costs": dataclasses.asdict(
-            measure_costs({a: rows[a] for a in arms}, TUNED, run.record["seconds"].get("train"))
+            measure_costs(
+                {a: rows[a] for a in arms if a != DIALLED},
+                TUNED,
+                run.record["seconds"].get("train"),
+            )
         ),
         "retention": list(retention.tasks),
+        **({"dial": to_tree(dial)} if dial else {}),
     }
     run.write_json(run.measurements_path, document)
-    run.update(verdict=_verdict(measurements, comparisons, recipe.evaluate.confidence))
+    of_tuned = [c for c in comparisons if c.b == TUNED]
+    run.update(verdict=_verdict(measurements, of_tuned, recipe.evaluate.confidence))
     return document
 
 
@@ -117,6 +138,7 @@ def _evidence(
     run: Run,
     recipe: Recipe,
     dataset: Dataset,
+    task: str,
     tests: Sequence[Example],
     arms: Sequence[str],
     models: Models,
@@ -126,8 +148,8 @@ def _evidence(
     found: dict[str, list[Evidence]] = {}
     wanted = [example.id for example in tests]
     for arm in arms:
-        if run.evidence_path(recipe.name, arm).exists():
-            rows = read_evidence(run, recipe.name, arm)
+        if run.evidence_path(task, arm).exists():
+            rows = read_evidence(run, task, arm)
             if [row.example_id for row in rows] == wanted:
                 found[arm] = rows
     missing = [arm for arm in arms if arm not in found]
@@ -158,7 +180,7 @@ def _evidence(
                 batch_tokens=recipe.evaluate.batch_tokens,
                 display=display,
             )
-        write_evidence(run, recipe.name, arm, found[arm])
+        write_evidence(run, task, arm, found[arm])
     return found
 
 

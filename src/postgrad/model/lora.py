@@ -6,6 +6,7 @@ is our own so that the backward pass keeps only its input and x Aᵀ; the direct
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,8 +98,7 @@ class LoraLinear(nn.Module):
         a = torch.empty(config.r, base.in_features, device="cpu")
         self.lora_A = nn.Parameter(nn.init.kaiming_uniform_(a, a=math.sqrt(5)).to(device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.r, device=device))
-        divisor = math.sqrt(config.r) if config.use_rslora else config.r
-        self.scale = config.lora_alpha / divisor
+        self.scale = update_scale(config)
         self.dropout = config.lora_dropout
         self.enabled = True
         self.cast: tuple[Tensor, Tensor] | None = None
@@ -128,6 +128,11 @@ class LoraLinear(nn.Module):
     def delta(self) -> Tensor:
         """Return the update (alpha / r) B A [out, in] in float32."""
         return (self.lora_B.float() @ self.lora_A.float()) * self.scale
+
+
+def update_scale(config: LoraConfig) -> float:
+    """Return what B A is multiplied by: alpha / r, or alpha / sqrt(r) for rsLoRA."""
+    return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
 
 
 def add_lora(model: Any, config: LoraConfig, seed: int) -> list[str]:
@@ -182,6 +187,20 @@ def disabled(model: Any) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enabled = True
+
+
+@contextmanager
+def scaled(model: Any, factor: float) -> Iterator[None]:
+    """Multiply every update by `factor`: inside, the model stands between its base (0) and 1."""
+    layers = list(lora_layers(model).values())
+    before = [layer.scale for layer in layers]
+    for layer in layers:
+        layer.scale *= factor
+    try:
+        yield
+    finally:
+        for layer, scale in zip(layers, before, strict=True):
+            layer.scale = scale
 
 
 @contextmanager
@@ -303,3 +322,24 @@ def attach_adapter(model: Any, directory: Path) -> LoraConfig:
     add_lora(model, config, seed=0)
     load_adapter_weights(model, directory)
     return config
+
+
+def replace_adapter(model: Any, directory: Path) -> None:
+    """Put the weights and the scale of another adapter on the same layers into a wrapped model."""
+    config = read_adapter_config(directory)
+    load_adapter_weights(model, directory)
+    for layer in lora_layers(model).values():
+        layer.scale = update_scale(config)
+
+
+def write_scaled(source: Path, target: Path, factor: float) -> None:
+    """Copy a PEFT adapter with its update multiplied by `factor`, which PEFT reads from alpha.
+
+    The weights are the same bytes; only lora_alpha differs.
+    """
+    read_adapter_config(source)
+    settings = json.loads((source / CONFIG).read_text(encoding="utf-8"))
+    settings["lora_alpha"] = settings.get("lora_alpha", 8) * factor
+    shutil.copyfile(source / WEIGHTS, target / WEIGHTS)
+    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    (target / CONFIG).write_text(text, encoding="utf-8")

@@ -35,6 +35,15 @@ class Retention:
         found = [m for m in self.measurements if (m.task, m.metric, m.arm) == wanted]
         return found[0] if found else None
 
+    @property
+    def of_tuned(self) -> tuple[Comparison, ...]:
+        """The tuned model against the base model."""
+        return self.between("base", "tuned")
+
+    def between(self, a: str, b: str) -> tuple[Comparison, ...]:
+        """Return the comparisons of arm `b` with arm `a`."""
+        return tuple(c for c in self.comparisons if (c.a, c.b) == (a, b))
+
     def compared(self, benchmark: Benchmark) -> Comparison | None:
         """Return the tuned model against the base model."""
-        return next((c for c in self.comparisons if c.task == benchmark.task), None)
+        return next((c for c in self.of_tuned if c.task == benchmark.task), None)

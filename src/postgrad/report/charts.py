@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from math import ceil, floor, log10
 
 from postgrad.report.collect import (
-    TUNED,
     Curves,
     HeldOut,
     Lengths,
@@ -122,7 +121,7 @@ def bars(
     facts = [f"{arm_name(m.arm)}: {percent(m.value)} ({_range(m)})" for m in measurements]
     facts += [f"{reference.name}: {percent(reference.value)}" for reference in references]
     description = f"Bars with {level(confidence)} intervals. " + "; ".join(facts)
-    return _svg(name, width, bottom + 22, "Before and after", description, parts)
+    return chart(name, width, bottom + 22, "Before and after", description, parts)
 
 
 def forest(comparisons: Sequence[Comparison], *, width: int, name: str) -> Html:
@@ -137,7 +136,7 @@ def forest(comparisons: Sequence[Comparison], *, width: int, name: str) -> Html:
         x = scale(value)
         style = "grid zero" if value == 0 else "grid"
         parts.append(tag("line", class_=style, x1=x, x2=x, y1=0, y2=bottom))
-        parts.append(_text(f"{value:+g}" if value else "0", x, bottom + 16, "tick", "middle"))
+        parts.append(text(f"{value:+g}" if value else "0", x, bottom + 16, "tick", "middle"))
     for top, c in zip(range(0, bottom, row), comparisons, strict=True):
         x, low, high = (scale(100 * value) for value in (c.difference, c.low, c.high))
         y = top + 30
@@ -146,13 +145,13 @@ def forest(comparisons: Sequence[Comparison], *, width: int, name: str) -> Html:
         parts += [
             tag("path", class_="whisker", d=whisker),
             tag("circle", tip, class_="dot held-out", cx=x, cy=y, r=5),
-            _text(c.task, 0, top + 16, "label base", "start"),
-            _text(points(c.difference), width, top + 16, "label", "end"),
+            text(c.task, 0, top + 16, "label base", "start"),
+            text(points(c.difference), width, top + 16, "label", "end"),
         ]
     facts = "; ".join(
         f"{c.task}: {points(c.difference)} ({points_interval(c)})" for c in comparisons
     )
-    return _svg(name, width, bottom + 22, "Change of general abilities in points", facts, parts)
+    return chart(name, width, bottom + 22, "Change of general abilities in points", facts, parts)
 
 
 def _range(m: Measurement) -> str:
@@ -165,12 +164,12 @@ def _share_axis(scale: Scale, top: float, bottom: float) -> Html:
         x = scale(value)
         parts.append(tag("line", class_="grid", x1=x, x2=x, y1=top, y2=bottom))
         anchor = "start" if value == 0 else "end" if value == 1 else "middle"
-        parts.append(_text(f"{100 * value:.0f}%", x, bottom + 16, "tick", anchor))
+        parts.append(text(f"{100 * value:.0f}%", x, bottom + 16, "tick", anchor))
     return join(parts)
 
 
 def _bar(m: Measurement, scale: Scale, top: float, height: float, width: int) -> Html:
-    style = "tuned" if m.arm == TUNED else "base"
+    style = "base" if m.arm.startswith("base") else "tuned"
     middle = top + height / 2
     low, high, end = scale(m.low), scale(m.high), scale(m.value)
     whisker = f"M{low},{middle}H{high}M{low},{middle - 5}v10M{high},{middle - 5}v10"
@@ -186,11 +185,11 @@ def _bar(m: Measurement, scale: Scale, top: float, height: float, width: int) ->
 
 
 def _bar_label(m: Measurement, y: float, width: int) -> Html:
-    style = "label tuned" if m.arm == TUNED else "label base"
+    style = "label base" if m.arm.startswith("base") else "label tuned"
     value = tag("tspan", percent(m.value), class_="value")
     within = tag("tspan", f"  {interval(m.low, m.high)}", class_="range")
-    name = _text(_short_arm(m.arm, width), 0, y, style, "start")
-    return join([name, _text(join([value, within]), width, y, "label", "end")])
+    name = text(_short_arm(m.arm, width), 0, y, style, "start")
+    return join([name, text(join([value, within]), width, y, "label", "end")])
 
 
 def _short_arm(arm: str, width: int) -> str:
@@ -209,7 +208,7 @@ def _reference(reference: Reference, scale: Scale, y: float, bottom: float) -> H
         "g",
         tag("title", f"{label}. {reference.source}".strip()),
         tag("line", class_="reference", x1=x, x2=x, y1=y - 10, y2=bottom),
-        _text(label, x + (6 if right else -6), y, "reference", "start" if right else "end"),
+        text(label, x + (6 if right else -6), y, "reference", "start" if right else "end"),
     )
 
 
@@ -316,12 +315,12 @@ def line_chart(
     for item in levels:
         y = y_scale(item.value)
         parts.append(tag("line", class_=f"level {item.style}", x1=left, x2=width - 8, y1=y, y2=y))
-        parts.append(_text(item.label, width - 10, y - 6, f"note {item.style}", "end"))
+        parts.append(text(item.label, width - 10, y - 6, f"note {item.style}", "end"))
     for line in lines:
         parts.append(_polyline(line, x_scale, y_scale))
     for mark in marks:
         parts.append(_mark(mark, lines, x_scale, y_scale, width))
-    return _svg(name, width, height, title, description, parts)
+    return chart(name, width, height, title, description, parts)
 
 
 def _axes(
@@ -336,11 +335,11 @@ def _axes(
     for value in y_ticks:
         y = y_scale(value)
         parts.append(tag("line", class_="grid", x1=x_scale.start, x2=width - 8, y1=y, y2=y))
-        parts.append(_text(_tick(value), x_scale.start - 7, y + 4, "tick", "end"))
+        parts.append(text(_tick(value), x_scale.start - 7, y + 4, "tick", "end"))
     for value in x_ticks:
         anchor = "end" if x_scale(value) > width - 20 else "middle"
-        parts.append(_text(_tick(value), x_scale(value), height - 23, "tick", anchor))
-    parts.append(_text("optimizer step", width - 8, height - 5, "tick", "end"))
+        parts.append(text(_tick(value), x_scale(value), height - 23, "tick", anchor))
+    parts.append(text("optimizer step", width - 8, height - 5, "tick", "end"))
     return join(parts)
 
 
@@ -376,7 +375,7 @@ def _mark(mark: Mark, lines: Sequence[Line], x_scale: Scale, y_scale: Scale, wid
         "g",
         tag("line", class_="drop", x1=x, x2=x, y1=round(label_y + 6, 1), y2=y_scale.start),
         tag("circle", class_="ring", cx=x, cy=y, r=7),
-        _text(mark.label, round(middle, 1), round(label_y, 1), "note kept", "middle"),
+        text(mark.label, round(middle, 1), round(label_y, 1), "note kept", "middle"),
     )
 
 
@@ -391,11 +390,11 @@ def length_chart(data: Lengths, *, width: int, name: str) -> Html:
     for value in y_ticks:
         y = y_scale(value)
         parts.append(tag("line", class_="grid", x1=left, x2=width - 8, y1=y, y2=y))
-        parts.append(_text(_tick(value), left - 7, y + 4, "tick", "end"))
+        parts.append(text(_tick(value), left - 7, y + 4, "tick", "end"))
     for value in ticks(data.edges[0], data.edges[-1], 6):
         if data.edges[0] <= value <= data.edges[-1]:
             anchor = "end" if x_scale(value) > width - 20 else "middle"
-            parts.append(_text(_tick(value), x_scale(value), height - 8, "tick", anchor))
+            parts.append(text(_tick(value), x_scale(value), height - 8, "tick", anchor))
     for low, high, rows in zip(data.edges, data.edges[1:], data.counts, strict=False):
         x, y = x_scale(low), y_scale(rows)
         size = {"width": max(1.0, round(x_scale(high) - x - 1, 1)), "height": y_scale.start - y}
@@ -406,17 +405,19 @@ def length_chart(data: Lengths, *, width: int, name: str) -> Html:
         f"{count(sum(data.counts), 'row')} of {data.edges[0]:g} to {data.edges[-1]:g} tokens; "
         f"most between {data.edges[peak]:g} and {data.edges[peak + 1]:g}."
     )
-    return _svg(name, width, height, "Tokens per row", description, parts)
+    return chart(name, width, height, "Tokens per row", description, parts)
 
 
-def _text(content: str, x: float, y: float, style: str, anchor: str) -> Html:
+def text(content: str, x: float, y: float, style: str, anchor: str) -> Html:
+    """Return a text at (x, y) pixels; `anchor` is start, middle or end."""
     anchor_or_none = None if anchor == "start" else anchor
     return tag("text", content, class_=style, x=x, y=y, text_anchor=anchor_or_none)
 
 
-def _svg(
+def chart(
     name: str, width: int, height: int, title: str, description: str, parts: Sequence[Html]
 ) -> Html:
+    """Return the drawing with its title and, for those who cannot see it, its description."""
     return tag(
         "svg",
         tag("title", title, id=f"{name}-title"),

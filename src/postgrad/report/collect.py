@@ -19,6 +19,8 @@ from postgrad.errors import RunError
 from postgrad.evaluate.compare import best_base
 from postgrad.evaluate.cost import Costs
 from postgrad.evaluate.evidence import read_evidence
+from postgrad.evaluate.frontier import Frontier
+from postgrad.evaluate.gates import DIALLED
 from postgrad.report.abilities import Benchmark, Retention
 from postgrad.run import Run, read_json, read_jsonl
 from postgrad.types import (
@@ -108,12 +110,13 @@ class Evaluation:
     """Spread over several trainings; none when there was one."""
     retention: Retention | None = None
     costs: Costs | None = None
+    dial: Frontier | None = None
 
     @property
     def main(self) -> tuple[Measurement, ...]:
         """Measurements of the run's own task and metric, base arms first."""
         own = [m for m in self.measurements if (m.task, m.metric) == (self.task, self.metric)]
-        return tuple(sorted(own, key=lambda m: m.arm == TUNED))
+        return tuple(sorted(own, key=lambda m: m.arm in (TUNED, DIALLED)))
 
     @property
     def tuned(self) -> Measurement | None:
@@ -358,6 +361,7 @@ def _evaluation(run: Run) -> Evaluation | None:
         if benchmarks
         else None,
         costs=_parse(Costs, tree["costs"], path) if "costs" in tree else None,
+        dial=_parse(Frontier, tree["dial"], path) if "dial" in tree else None,
     )
     best = without_answers.best_base
     if best is None or not rows.get(best.arm) or not rows.get(TUNED):

@@ -8,6 +8,7 @@ from postgrad.report.answers import answers_section
 from postgrad.report.charts import NARROW, WIDE
 from postgrad.report.collect import TUNED, Curves, Evaluation, Report, collect
 from postgrad.report.costs import costs_section
+from postgrad.report.frontier import frontier_section
 from postgrad.report.markup import Content, Html, join, tag
 from postgrad.report.parts import empty, figure, note, section, table
 from postgrad.report.retention import retention_section
@@ -67,6 +68,7 @@ def page(report: Report) -> Html:
         _evaluation(report),
         costs_section(report),
         retention_section(report),
+        frontier_section(report),
         _training(report),
         answers_section(report),
         facts.data_section(report),

@@ -15,10 +15,12 @@ import yaml
 from postgrad.report.collect import TUNED, Evaluation, Report, collect
 from postgrad.report.costs import NO_LATENCY, break_even_sentence
 from postgrad.report.facts import money, recompute_command
+from postgrad.report.frontier import statement
 from postgrad.report.markup import clean
 from postgrad.report.words import (
     NOT_MEASURED,
     arm_name,
+    capital,
     count,
     duration,
     interval,
@@ -277,6 +279,7 @@ def _evaluation(report: Report) -> list[str]:
         _comparisons(evaluation),
         *([f"{_text(break_even_sentence(evaluation))} {NO_LATENCY}"] if evaluation.costs else []),
         *_retention(evaluation),
+        *_dial(evaluation),
     ]
 
 
@@ -301,6 +304,17 @@ def _retention(evaluation: Evaluation) -> list[str]:
     ]
 
 
+def _dial(evaluation: Evaluation) -> list[str]:
+    dial = evaluation.dial
+    if dial is None:
+        return []
+    said = [_text(f"{capital(sentence)}.") for sentence in statement(dial)]
+    if dial.exported:
+        kind = dial.point(dial.chosen).place.label
+        said.append(f"`{dial.exported}` is the model at {kind}, beside the tuned one.")
+    return ["### How much of the tuning to keep", _bullets_of(said)]
+
+
 def _comparisons(evaluation: Evaluation) -> str:
     if not evaluation.comparisons:
         return f"Comparisons: {NOT_MEASURED}."
@@ -316,6 +330,7 @@ def _comparisons(evaluation: Evaluation) -> str:
             str(c.verdict),
         ]
         for c in evaluation.comparisons
+        if c.b == TUNED
     ]
     return _table([*heads, "Verdict"], rows)
 
@@ -342,7 +357,11 @@ def _reproduction(report: Report) -> list[str]:
 
 
 def _bullets(sentences: Iterable[str]) -> str:
-    return "\n".join(f"- {_text(sentence)}" for sentence in sentences)
+    return _bullets_of(_text(sentence) for sentence in sentences)
+
+
+def _bullets_of(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

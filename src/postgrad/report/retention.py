@@ -32,9 +32,9 @@ def retention_section(report: Report) -> Html:
         return section(TITLE, "retention", empty(why))
     within = level(report.recipe.evaluate.confidence)
     drawn = None
-    if retention.comparisons:
+    if retention.of_tuned:
         pictures = [
-            forest(retention.comparisons, width=width, name=f"retention-{width}")
+            forest(retention.of_tuned, width=width, name=f"retention-{width}")
             for width in (WIDE, NARROW)
         ]
         caption = f"Tuned minus base in points, with {within} intervals; left of zero is a loss."

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from postgrad.evaluate.gates import DIALLED
 from postgrad.report.collect import TUNED, Evaluation, Merge, Reference, Report
 from postgrad.types import Comparison, GateStatus, Measurement, Verdict
 
@@ -63,8 +64,8 @@ def arm_name(arm: str) -> str:
     >>> arm_name("base/few-shot-8-retrieved")
     'Base model, 8 nearest examples in the prompt'
     """
-    if arm == TUNED:
-        return "Tuned model"
+    if arm in (TUNED, DIALLED):
+        return f"{capital(arm)} model"
     if arm == "base/zero-shot":
         return "Base model, no examples"
     found = re.fullmatch(r"base/few-shot-(\d+)(-retrieved)?", arm)

@@ -32,7 +32,8 @@ from postgrad.types import Split, Tokens
 
 COVERS = (
     "training and its held-out losses, if it does not stop early; "
-    "pre-flight, evaluation by generation and the report come on top"
+    "pre-flight, evaluation by generation (with evaluate.dial, of every point) and the report come "
+    "on top"
 )
 
 

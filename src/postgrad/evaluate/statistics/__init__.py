@@ -39,6 +39,7 @@ from postgrad.evaluate.statistics.power import (
     items_needed,
     items_to_certify,
 )
+from postgrad.evaluate.statistics.stratified import kept_share, stratified_mean
 
 __all__ = [
     "RESAMPLES",
@@ -57,11 +58,13 @@ __all__ = [
     "holm",
     "items_needed",
     "items_to_certify",
+    "kept_share",
     "mcnemar_exact",
     "non_inferior",
     "one_sided",
     "paired_bootstrap",
     "paired_share_interval",
+    "stratified_mean",
     "student_critical",
     "student_within",
     "two_levels",

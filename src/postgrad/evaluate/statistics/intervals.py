@@ -102,10 +102,10 @@ def clustered_error(values: npt.ArrayLike, clusters: npt.ArrayLike) -> float:
     Source: Miller 2024, arXiv 2411.00640, section 2.2; the jackknife (CV3) MacKinnon, Nielsen &
     Webb 2023, J. Econometrics 232:272.
     """
-    return _clustered_error(score_array(values), clusters)[0]
+    return error_and_degrees(score_array(values), clusters)[0]
 
 
-def _clustered_error(x: Values, clusters: npt.ArrayLike) -> tuple[float, int]:
+def error_and_degrees(x: Values, clusters: npt.ArrayLike) -> tuple[float, int]:
     """Return the clustered standard error and its degrees of freedom; infinite, 0 for one cluster.
 
     They are one less than the effective number of clusters, n^2 / sum of squared sizes, rounded
@@ -136,7 +136,7 @@ def clustered_interval(
     bolder, also where rows differ too seldom for their spread between clusters to be known.
     """
     x = score_array(values)
-    mean, (error, degrees) = float(x.mean()), _clustered_error(x, clusters)
+    mean, (error, degrees) = float(x.mean()), error_and_degrees(x, clusters)
     if not degrees:
         return Interval(*bounds)
     half = student_critical(confidence, degrees) * error
