@@ -104,7 +104,8 @@ def favour(run, name):
 
 
 def again(run):
-    return evaluate_run(run, read_dataset(run), SilentDisplay())
+    evaluate_run(run, read_dataset(run), SilentDisplay())
+    return read_json(run.measurements_path)
 
 
 def test_every_point_answers_the_same_unreported_rows_and_items(finished):
@@ -270,7 +271,7 @@ def test_two_runs_stand_in_one_table_when_they_asked_the_same(copied, finished, 
 
 def test_checkpoints_are_spread_evenly_and_outlive_their_folders(copied, tmp_path):
     run = Run(tmp_path / "many")
-    for step in (10, 20, 30, 40, 50, 60, 70):
+    for step in (0, 10, 20, 30, 40, 50, 60, 70):
         (run.checkpoints / f"step-{step:06d}").mkdir(parents=True)
     run.point("best", run.checkpoints / "step-000040")
     chosen = {n: [step for step, _ in kept_checkpoints(run, n, "tiny")] for n in (0, 1, 2, 3, 9)}

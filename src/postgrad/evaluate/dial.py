@@ -126,7 +126,8 @@ def kept_checkpoints(run: Run, count: int, task: str) -> list[tuple[int, Path]]:
     answered = run.evidence_path(FOLDER + task, "step-*")
     for path in answered.parent.glob(answered.name):
         folders.add(run.checkpoints / path.name.split(".")[-2])
-    left = sorted((int(path.name.removeprefix("step-")), path) for path in folders)
+    steps = ((int(path.name.removeprefix("step-")), path) for path in folders)
+    left = sorted((step, path) for step, path in steps if step)  # step 0 is the base model
     if not left or not count:
         return []
     first, last = left[0][0], left[-1][0]

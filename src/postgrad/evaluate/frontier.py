@@ -238,9 +238,12 @@ def _against_tuned(
     if gain.difference <= 0 or gain.low <= 0 or gain.p >= 1 - confidence:
         return point
     beside = compare(target[TUNED], target[name], "validation", metric, TUNED, name, confidence)
+    order = target[BASE]
     kept, (low, high) = statistics.kept_share(
-        *(_scores(target[arm], target[BASE], metric, arm) for arm in (BASE, TUNED, name)),
-        row_groups(target[BASE]),
+        _scores(order, order, metric, BASE),
+        _scores(target[TUNED], order, metric, TUNED),
+        _scores(target[name], order, metric, name),
+        row_groups(order),
         statistics.Interval(beside.low, beside.high),
         confidence,
         seed,
