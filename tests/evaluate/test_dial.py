@@ -28,6 +28,9 @@ from postgrad.types import Score, Split
 from training import WORDS, write_rows
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # PEFT on Transformers 5
+)
 TASK = """
 name: words
 file: words.jsonl

@@ -8,6 +8,7 @@ from postgrad.report.frontier_chart import STYLES, frontier_chart
 from postgrad.report.markup import Content, Html, join, tag
 from postgrad.report.parts import empty, figure, note, section, table
 from postgrad.report.words import (
+    EN_DASH,
     arm_name,
     capital,
     count,
@@ -46,7 +47,7 @@ def frontier_section(report: Report) -> Html | None:
     return section(
         TITLE,
         "dial",
-        *(tag("p", f"{capital(said)}.") for said in statement(dial)),
+        *(tag("p", said) for said in statement(dial)),
         figure(drawn, caption, _legend(dial)),
         _table(dial),
         note(*_remarks(dial)),
@@ -56,9 +57,14 @@ def frontier_section(report: Report) -> Html | None:
 
 
 def statement(dial: Frontier) -> list[str]:
-    """Return what the frontier shows and what was chosen, a sentence each, without full stops."""
+    """Return what the frontier shows and what was chosen, a sentence each."""
     where = f"; exported to {dial.exported}" if dial.exported else ""
-    return [*dial.findings, dial.choice + where]
+    return [f"{_begun(said)}." for said in (*dial.findings, dial.choice + where)]
+
+
+def _begun(text: str) -> str:
+    """Return the text as a sentence begins; a λ stays small."""
+    return text if text.startswith("\N{GREEK SMALL LETTER LAMDA}") else capital(text)
 
 
 def _legend(dial: Frontier) -> Html:
@@ -73,14 +79,12 @@ def _legend(dial: Frontier) -> Html:
 
 def _table(dial: Frontier) -> Html:
     heads = ["Point", "#Validation", "#Gain kept", "#Retention, points"]
-    heads += ["#Less forgetting than tuned", "#p, corrected", ""]
+    heads += ["#Less forgetting than tuned", "#p, corrected"]
     return table(heads, [_row(point, dial) for point in dial.points])
 
 
 def _row(point: FrontierPoint, dial: Frontier) -> list[Content]:
-    name = capital(point.place.label)
-    is_chosen = point.place.name == dial.chosen
-    kept, spared, p = "", "", ""
+    kept = spared = p = EN_DASH
     if point.kept is not None and point.kept_low is not None and point.kept_high is not None:
         kept = f"{percent(point.kept)} ({interval(point.kept_low, point.kept_high)})"
     if point.spared is not None and point.spared_low is not None and point.spared_high is not None:
@@ -90,18 +94,24 @@ def _row(point: FrontierPoint, dial: Frontier) -> list[Content]:
     lost = points(point.retention)
     if point.place.name != BASE:
         lost += f" ({points(point.retention_low)} to {points(point.retention_high)})"
-    badge = tag("span", "chosen", class_="badge good") if is_chosen else ""
-    if not point.within_margin:
-        badge = tag("span", "beyond the margin", class_="badge open")
     return [
-        tag("b", name) if is_chosen else name,
+        _name(point, dial),
         f"{percent(point.target)} ({interval(point.target_low, point.target_high)})",
         kept,
         lost,
         spared,
         p.removeprefix("p = ").removeprefix("p "),
-        badge,
     ]
+
+
+def _name(point: FrontierPoint, dial: Frontier) -> Html:
+    """Return the point's place, and whether it is chosen or out of the question."""
+    name, badge = _begun(point.place.label), None
+    if not point.within_margin:
+        badge = tag("span", "beyond the margin", class_="badge open")
+    if point.place.name == dial.chosen:
+        return join([tag("b", name), " ", tag("span", "chosen", class_="badge good")])
+    return join([name, " ", badge])
 
 
 def _remarks(dial: Frontier) -> list[Content]:
@@ -121,7 +131,7 @@ def _remarks(dial: Frontier) -> list[Content]:
 
 def _changes(dial: Frontier) -> Html:
     rows: list[list[Content]] = [
-        [capital(point.place.label), *(_change(change) for change in point.changes)]
+        [_begun(point.place.label), *(_change(change) for change in point.changes)]
         for point in dial.points
         if point.changes
     ]

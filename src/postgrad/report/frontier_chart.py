@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from postgrad.evaluate.frontier import Frontier, FrontierPoint
 from postgrad.evaluate.gates import BASE, TUNED
 from postgrad.report.charts import Scale, chart, text, ticks
 from postgrad.report.markup import Html, tag
-from postgrad.report.words import MINUS, interval, level, percent, points
+from postgrad.report.words import MINUS, interval, level, metric_name, percent, points
 
 STYLES = ("held-out", "train", "other")
 """CSS classes of the series, in turn; with one run the second is that of its checkpoints."""
@@ -44,11 +45,13 @@ def frontier_chart(frontiers: Sequence[tuple[str, Frontier]], *, width: int, nam
     x_ends = [100 * end for p in every for end in (p.retention_low, p.retention_high)]
     y_ends = [100 * end for p in every for end in (p.target_low, p.target_high)]
     low, high = min(0.0, *x_ends, *(-m for m in margins)), max(0.0, *x_ends)
-    x_ticks = ticks(low, high, 9 if width > 500 else 5)
+    x_ticks = ticks(low, high, 9 if width > 500 else 6)
     y_ticks = ticks(min(y_ends), max(y_ends), 7)
     x = Scale(x_ticks[0], x_ticks[-1], 44, width - 14)
     y = Scale(y_ticks[0], y_ticks[-1], height - 46, 26)
     parts = [*_axes(x_ticks, y_ticks, x, y, width, height)]
+    metric = metric_name(frontiers[0][1].metric)
+    parts.append(text(f"{metric} on validation rows", 0, 12, "tick", "start"))
     for margin in margins:
         parts += _margin(margin, x, y)
     for number, (_, frontier) in enumerate(frontiers):
@@ -84,7 +87,6 @@ def _axes(
         signed = f"{value:+g}".replace("-", MINUS) if value else "0"
         anchor = "end" if at > width - 24 else "middle"
         yield text(signed, at, y.start + 18, "tick", anchor)
-    yield text("right answers on validation rows", 0, 12, "tick", "start")
     yield text(
         "change of the benchmarks against the base, points", x.end, height - 6, "tick", "end"
     )
@@ -99,14 +101,10 @@ def _margin(margin: float, x: Scale, y: Scale) -> Iterator[Html]:
 def _series(frontier: Frontier, number: int, several: bool, x: Scale, y: Scale) -> Iterator[Html]:
     """Yield the lines, whiskers, dots and the ring of one run."""
     style = STYLES[number % len(STYLES)]
-    steps = [point for point in frontier.points if point.place.step is not None]
-    scales = [point for point in frontier.points if point.place.step is None]
     other = style if several else STYLES[1]
-    tuned = frontier.point(TUNED)
-    for found, colour in ((scales, style), ([*steps, tuned] if steps else [], f"{other} thin")):
-        if found:
-            path = " ".join(f"{x(100 * p.retention)},{y(100 * p.target)}" for p in found)
-            yield tag("polyline", class_=f"line {colour}", points=path)
+    for found, colour in zip(_paths(frontier, x, y), (style, f"{other} thin"), strict=False):
+        path = " ".join(f"{at},{up}" for at, up in found)
+        yield tag("polyline", class_=f"line {colour}", points=path)
     for point in frontier.points:
         yield _whiskers(point, x, y)
     for point in frontier.points:
@@ -116,6 +114,14 @@ def _series(frontier: Frontier, number: int, several: bool, x: Scale, y: Scale) 
         if point.place.name == frontier.chosen:
             yield tag("circle", class_="ring", cx=at, cy=up, r=9)
         yield tag("circle", tip, class_=f"dot {dot}", cx=at, cy=up, r=4.5)
+
+
+def _paths(frontier: Frontier, x: Scale, y: Scale) -> list[list[tuple[float, float]]]:
+    """Return the pixels of the lambda points, and those of the checkpoints, if there are any."""
+    steps = [point for point in frontier.points if point.place.step is not None]
+    scales = [point for point in frontier.points if point.place.step is None]
+    lines = [scales, [*steps, frontier.point(TUNED)]] if steps else [scales]
+    return [[(x(100 * p.retention), y(100 * p.target)) for p in line] for line in lines]
 
 
 def _whiskers(point: FrontierPoint, x: Scale, y: Scale) -> Html:
@@ -149,6 +155,7 @@ def _labels(
     marked = [(p, p.place.name == f.chosen) for _, f in frontiers for p in f.points]
     spots = [(x(100 * p.retention), y(100 * p.target)) for p, _ in marked]
     taken = [_Box(at - 8, up - 8, at + 8, up + 8) for at, up in spots]
+    crossed = [box for _, f in frontiers for line in _paths(f, x, y) for box in _along(line)]
     for (point, is_chosen), (at, up) in zip(marked, spots, strict=True):
         label = _label(point)
         best: tuple[int, _Box, float, float, str] | None = None
@@ -158,9 +165,10 @@ def _labels(
             *((0, -31, "middle"), (0, 42, "middle")),
         ):
             box = _box(at + across, up + down, anchor, len(label) * _CHARACTER)
-            hits = sum(box.overlaps(other) for other in taken)
-            hits += 5 * (box.left < x.start or box.right > width or box.top < y.end - 12)
-            hits += 5 * (box.bottom > y.start)
+            hits = 4 * sum(box.overlaps(other) for other in taken)
+            hits += any(box.overlaps(other) for other in crossed)
+            hits += 20 * (box.left < x.start or box.right > width or box.top < y.end - 12)
+            hits += 20 * (box.bottom > y.start)
             if best is None or hits < best[0]:
                 best = hits, box, at + across, up + down, anchor
         assert best is not None
@@ -172,3 +180,12 @@ def _labels(
 def _box(at: float, baseline: float, anchor: str, width: float) -> _Box:
     left = at - {"start": 0.0, "middle": width / 2, "end": width}[anchor]
     return _Box(left, baseline - _LINE + 3, left + width, baseline + 3)
+
+
+def _along(line: Sequence[tuple[float, float]]) -> Iterator[_Box]:
+    """Yield small boxes along a line of pixels."""
+    for (left, top), (right, bottom) in pairwise(line):
+        count = 1 + int(max(abs(right - left), abs(bottom - top)) / 4)
+        for n in range(count + 1):
+            at, up = left + (right - left) * n / count, top + (bottom - top) * n / count
+            yield _Box(at - 2, up - 2, at + 2, up + 2)

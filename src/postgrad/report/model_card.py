@@ -20,7 +20,6 @@ from postgrad.report.markup import clean
 from postgrad.report.words import (
     NOT_MEASURED,
     arm_name,
-    capital,
     count,
     duration,
     interval,
@@ -308,7 +307,7 @@ def _dial(evaluation: Evaluation) -> list[str]:
     dial = evaluation.dial
     if dial is None:
         return []
-    said = [_text(f"{capital(sentence)}.") for sentence in statement(dial)]
+    said = [_text(sentence) for sentence in statement(dial)]
     if dial.exported:
         kind = dial.point(dial.chosen).place.label
         said.append(f"`{dial.exported}` is the model at {kind}, beside the tuned one.")
