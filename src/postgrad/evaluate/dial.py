@@ -89,9 +89,9 @@ def measure_dial(
     tasks = [recipe.name, *(benchmark.task.name for benchmark in benchmarks)]
     chosen = frontier.point(frontier.chosen).place
     exported = _export(run, recipe, models, chosen, weights[chosen], tasks)
-    place = None if exported is None else str(exported.relative_to(run.path))
+    where = None if exported is None else str(exported.relative_to(run.path))
     display.note(f"dial: {frontier.choice}")
-    return replace(frontier, exported=place)
+    return replace(frontier, exported=where)
 
 
 def _weights(
