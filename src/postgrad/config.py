@@ -27,7 +27,7 @@ from pydantic import (
 
 from postgrad.errors import ConfigError
 from postgrad.keys import describe, problems
-from postgrad.strict_yaml import dump_yaml, key_lines, parse_yaml
+from postgrad.strict_yaml import apply_overrides, dump_yaml, key_lines, parse_yaml
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Auto = Literal["auto"]
@@ -153,6 +153,12 @@ class DataConfig(Section):
     """Rows longer than max_length: refuse with a table of lengths, drop, or cut the end off."""
     limit: PositiveInt | None = None
     """Use at most this many training rows (a seeded sample, taken after the split)."""
+    replay: Source | None = None
+    """General chats mixed into the training rows, so that less is forgotten: a file in any format
+    of rows, or `self` = the base model's own answers to general requests, made once (greedy) and
+    kept in data/replay.jsonl. Never validated, tested or shown as examples on."""
+    replay_share: Annotated[float, Field(gt=0, le=10)] = 0.1
+    """Rows of `replay` added, as a share of the training rows (after `limit`)."""
     seed: Seed | None = None
     """Seed of the splits, of the rows tested and of the few-shot examples; null = the recipe's
     seed. Keep it when only the training should get another seed, so that runs can be compared."""
@@ -166,6 +172,9 @@ class EarlyStoppingConfig(Section):
     min_delta: Literal["1se"] | NonNegativeFloat = "1se"
     """Improvement that counts: 1se = one standard error of the difference, paired by row; or nats
     per token."""
+    max_kl: PositiveFloat | None = None
+    """Largest distance from the base, KL(base || tuned) in nats per token on `train.kl_probe`. A
+    checkpoint beyond it is never the best one and counts as no improvement; null = no limit."""
 
 
 class TrainConfig(Section):
@@ -220,6 +229,14 @@ class TrainConfig(Section):
     take about a sixth of the training time."""
     early_stopping: EarlyStoppingConfig | None = EarlyStoppingConfig()
     """When to stop early; null = train to the end. The best weights are restored either way."""
+    kl_probe: Auto | Source | None = "auto"
+    """What forgetting is watched on: at every held-out loss KL(base || tuned), in nats per token of
+    fixed answers, goes into metrics.jsonl as `probe/kl`. auto = the base model's own answers, made
+    once, to 24 general requests (fewer, at least 8, where 24 would cost more than 2 % of the
+    training); or a file of chats; null = not measured."""
+    kl_weight: NonNegativeFloat = 0.0
+    """Adds this times KL(base || tuned) of every supervised token to the loss, so that the model
+    stays near its base; 0 = off. LoRA only. A step takes about half as long again."""
     save_total_limit: Annotated[int, Field(ge=2)] = 2
     """Checkpoints kept besides the best one; at least two, so that a damaged one has a
     predecessor to go back to."""
@@ -373,6 +390,24 @@ class Recipe(Section):
             raise ValueError("data.validation and data.test together leave no rows to train on")
         return self
 
+    @model_validator(mode="after")
+    def _protected(self) -> Self:
+        """Refuse what is said against forgetting and could not be obeyed."""
+        data, train, stopping = self.data, self.train, self.train.early_stopping
+        if stopping and stopping.max_kl is not None and train.kl_probe is None:
+            raise ValueError("train.early_stopping.max_kl is measured on train.kl_probe, not null")
+        if train.kl_weight and self.model.adapt.kind == "full":
+            raise ValueError(
+                "train.kl_weight needs LoRA, whose base is the adapter switched off; full tuning "
+                "would have to keep a second model"
+            )
+        if (
+            data.replay is None
+            and data.replay_share != DataConfig.model_fields["replay_share"].default
+        ):
+            raise ValueError("data.replay_share says how much of data.replay, which is null")
+        return self
+
     @property
     def data_seed(self) -> int:
         """The seed of everything that must not differ between runs to be compared."""
@@ -429,43 +464,6 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: not a recipe", "start with `name:`, `model:` and `data:`")
     return parse_recipe(apply_overrides(tree, overrides), str(path), key_lines(text))
-
-
-def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Return a copy of `tree` with each `a.b=value` set; the value is YAML, or else plain text.
-
-    >>> apply_overrides({"train": {}}, ["train.learning_rate=1e-4", "data.system=Answer: yes"])
-    {'train': {'learning_rate': 0.0001}, 'data': {'system': 'Answer: yes'}}
-    """
-    result: dict[str, Any] = json.loads(json.dumps(tree, default=str))
-    for override in overrides:
-        key, equals, raw = override.partition("=")
-        *parents, last = key.split(".")
-        if not equals or not all((*parents, last)):
-            raise ConfigError(
-                f"override {override!r} is not KEY=VALUE", "write section.field=value"
-            )
-        node = result
-        for parent in parents:
-            child = node.get(parent)
-            if child is None:
-                child = node[parent] = {}
-            if not isinstance(child, dict):
-                raise ConfigError(f"override {key}: {parent} is not a section", "check the key")
-            node = child
-        node[last] = _override_value(raw, key)
-    return result
-
-
-def _override_value(raw: str, key: str) -> Any:
-    bracketed = raw.lstrip()[:1] in ("{", "[", '"', "'")
-    try:
-        value = parse_yaml(raw, f"override {key}")
-    except ConfigError:
-        if bracketed:
-            raise
-        return raw
-    return raw if isinstance(value, dict | list) and not bracketed else value
 
 
 def parse_recipe(

@@ -5,8 +5,10 @@ is eight and `12:30` is 750. Here only true/false are booleans, only null, ~ and
 and 1e-4 is a number (YAML 1.2.2, core schema, section 10.3.2). What is dumped reads back the same.
 """
 
+import json
 import math
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import yaml
@@ -148,3 +150,40 @@ def key_lines(text: str) -> dict[str, int]:
 
     walk(root, "")
     return found
+
+
+def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return a copy of `tree` with each `a.b=value` set; the value is YAML, or else plain text.
+
+    >>> apply_overrides({"train": {}}, ["train.learning_rate=1e-4", "data.system=Answer: yes"])
+    {'train': {'learning_rate': 0.0001}, 'data': {'system': 'Answer: yes'}}
+    """
+    result: dict[str, Any] = json.loads(json.dumps(tree, default=str))
+    for override in overrides:
+        key, equals, raw = override.partition("=")
+        *parents, last = key.split(".")
+        if not equals or not all((*parents, last)):
+            raise ConfigError(
+                f"override {override!r} is not KEY=VALUE", "write section.field=value"
+            )
+        node = result
+        for parent in parents:
+            child = node.get(parent)
+            if child is None:
+                child = node[parent] = {}
+            if not isinstance(child, dict):
+                raise ConfigError(f"override {key}: {parent} is not a section", "check the key")
+            node = child
+        node[last] = _override_value(raw, key)
+    return result
+
+
+def _override_value(raw: str, key: str) -> Any:
+    bracketed = raw.lstrip()[:1] in ("{", "[", '"', "'")
+    try:
+        value = parse_yaml(raw, f"override {key}")
+    except ConfigError:
+        if bracketed:
+            raise
+        return raw
+    return raw if isinstance(value, dict | list) and not bracketed else value
