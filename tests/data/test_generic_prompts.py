@@ -15,7 +15,7 @@ def test_there_are_a_few_thousand_different_requests():
 
 
 def test_probe_and_replay_share_no_topic_sentence_or_numbers():
-    for name in ("TOPICS", "SENTENCES", "NUMBERS"):
+    for name in ("ABOUT", "TOPICS", "REWRITE", "SENTENCES", "COUNT", "NUMBERS"):
         probe, replay = (getattr(generic_prompts, f"{half}_{name}") for half in ("PROBE", "REPLAY"))
         assert not set(probe) & set(replay)
         assert len(set(probe)) == len(probe)
@@ -52,6 +52,7 @@ def test_a_smaller_number_of_replay_prompts_is_a_beginning_of_a_larger_one():
 
 def test_arithmetic_has_answers_that_are_not_negative():
     for (a, b, _), template in itertools.product(
-        (*generic_prompts.PROBE_NUMBERS, *generic_prompts.REPLAY_NUMBERS), generic_prompts.COUNT
+        (*generic_prompts.PROBE_NUMBERS, *generic_prompts.REPLAY_NUMBERS),
+        (*generic_prompts.PROBE_COUNT, *generic_prompts.REPLAY_COUNT),
     ):
         assert max(a, b + 1) > b > 0, template

@@ -1,39 +1,40 @@
 """Everyday requests to a general assistant, made from templates and topics: for probe and replay.
 
 They stand for what a base model can do that the training rows say nothing about. Deterministic, in
-our own words, and in two halves that share no topic, sentence or number: the probe measures with
-one, replay trains on the other.
+our own words, and in two halves that share no template, topic, sentence or numbers: the probe
+measures with one, replay trains on the other.
 """
 
 import hashlib
-from collections.abc import Iterator
 from functools import cache
 
-ABOUT = (
+PROBE_ABOUT = (
+    "Explain {} in two sentences.",
+    "What is a common mistake that people make about {}?",
+    "Write one question about {} for a quiz, and its answer.",
+    "Write a title and an opening sentence for an article about {}.",
+    "Answer with a numbered list: which four things should I know about {}?",
+    "Suggest a weekend activity that involves {}.",
+    "Which jobs have to do with {}?",
+    "How would you convince a friend to take an interest in {}?",
+)
+REPLAY_ABOUT = (
     "Tell me briefly about {}.",
     "Explain {} to a ten-year-old child.",
-    "Explain {} in two sentences.",
     "How can knowing about {} help in everyday life?",
     "Give me three facts about {}.",
     "List five words that have to do with {}.",
-    "What is a common mistake that people make about {}?",
     "Write a short poem about {}.",
-    "Write one question about {} for a quiz, and its answer.",
     "I am new to {}. Where should I start?",
     "What would a historian find interesting about {}?",
     "How has what people know about {} changed in the last hundred years?",
-    "Write a title and an opening sentence for an article about {}.",
     "Name one advantage and one disadvantage of {}.",
     "Describe {} without using the letter z.",
     "Give a definition of {} in fewer than fifteen words.",
-    "Answer with a numbered list: which four things should I know about {}?",
     "Reply in JSON with the keys topic and summary. The topic is {}.",
     "Make a table with two columns, word and meaning, for three terms from {}.",
     "Tell me a short story that has to do with {}.",
-    "How would you convince a friend to take an interest in {}?",
-    "Which jobs have to do with {}?",
     "What do people often ask about {}?",
-    "Suggest a weekend activity that involves {}.",
     "Write a polite e-mail that invites a colleague to a talk about {}.",
     "Give me a short plan for learning about {} in one week.",
 )
@@ -60,11 +61,14 @@ REPLAY_TOPICS = (
     *("ants", "democracy", "inflation", "atoms", "spices", "teamwork", "fashion", "caves"),
 )
 
-REWRITE = (
-    "Rewrite this sentence in simpler words: {}",
-    "Make this sentence more polite: {}",
-    "Turn this sentence into a question: {}",
+PROBE_REWRITE = (
     "Put this sentence into the past tense: {}",
+    "Make this sentence more polite: {}",
+    "Say the opposite of this sentence: {}",
+)
+REPLAY_REWRITE = (
+    "Rewrite this sentence in simpler words: {}",
+    "Turn this sentence into a question: {}",
     "Shorten this sentence as much as you can: {}",
     "What is the main verb of this sentence? {}",
     "Say whether this sentence sounds happy, sad or neutral, in one word: {}",
@@ -72,7 +76,6 @@ REWRITE = (
     "Write the next sentence of a story that begins like this: {}",
     "Write this sentence in capital letters: {}",
     "How many words does this sentence have? {}",
-    "Say the opposite of this sentence: {}",
 )
 """Requests about a sentence."""
 
@@ -104,16 +107,18 @@ REPLAY_SENTENCES = (
     "My brother repairs radios and sells them on the market.",
 )
 
-COUNT = (
-    "What is {a} plus {b}?",
-    "What is {a} minus {b}?",
-    "What is {a} times {c}?",
+PROBE_COUNT = (
+    "A train leaves at {c} o'clock and needs {b} minutes. When does it arrive?",
     "Which is larger, {a} or {b}?",
+    "What is {a} minus {b}?",
+)
+REPLAY_COUNT = (
+    "What is {a} plus {b}?",
+    "What is {a} times {c}?",
     "I have {a} apples and give away {c}. How many are left?",
     "A ticket costs {c} euros. How much do {b} tickets cost?",
     "Is {a} an even or an odd number? Answer with one word.",
     "Count from {c} to 12, separated by commas.",
-    "A train leaves at {c} o'clock and needs {b} minutes. When does it arrive?",
     "Write the number {a} in words.",
 )
 """Requests with two-digit numbers a > b and a small number c."""
@@ -131,10 +136,14 @@ def probe_prompts() -> tuple[str, ...]:
     >>> len(probe_prompts())
     24
     """
-    about, rewrite, count = _kinds(PROBE_TOPICS, PROBE_SENTENCES, PROBE_NUMBERS)
+    kinds = (
+        _filled(PROBE_ABOUT, PROBE_TOPICS),
+        _filled(PROBE_REWRITE, PROBE_SENTENCES),
+        _counted(PROBE_COUNT, PROBE_NUMBERS),
+    )
     shares = (PROBE_PROMPTS - 8, 5, 3)
     chosen: list[tuple[float, str]] = []
-    for kind, share in zip((about, rewrite, count), shares, strict=True):
+    for kind, share in zip(kinds, shares, strict=True):
         some = _shuffled(kind, seed=0)[:share]
         chosen += [((place + 0.5) / share, text) for place, text in enumerate(some)]
     return tuple(text for _, text in sorted(chosen))
@@ -143,7 +152,11 @@ def probe_prompts() -> tuple[str, ...]:
 @cache
 def all_replay_prompts() -> tuple[str, ...]:
     """Return every request that replay can choose from."""
-    kinds = _kinds(REPLAY_TOPICS, REPLAY_SENTENCES, REPLAY_NUMBERS)
+    kinds = (
+        _filled(REPLAY_ABOUT, REPLAY_TOPICS),
+        _filled(REPLAY_REWRITE, REPLAY_SENTENCES),
+        _counted(REPLAY_COUNT, REPLAY_NUMBERS),
+    )
     return tuple(dict.fromkeys(prompt for kind in kinds for prompt in kind))
 
 
@@ -152,21 +165,14 @@ def replay_prompts(count: int, seed: int) -> list[str]:
     return _shuffled(list(all_replay_prompts()), seed)[:count]
 
 
-def _kinds(
-    topics: tuple[str, ...],
-    sentences: tuple[str, ...],
-    numbers: tuple[tuple[int, int, int], ...],
-) -> tuple[list[str], list[str], list[str]]:
-    def counted() -> Iterator[str]:
-        for template in COUNT:
-            for a, b, c in numbers:
-                yield template.format(a=max(a, b + 1), b=b, c=c)
+def _filled(templates: tuple[str, ...], topics: tuple[str, ...]) -> list[str]:
+    return [template.format(topic) for topic in topics for template in templates]
 
-    return (
-        [template.format(topic) for topic in topics for template in ABOUT],
-        [template.format(sentence) for sentence in sentences for template in REWRITE],
-        list(counted()),
-    )
+
+def _counted(templates: tuple[str, ...], numbers: tuple[tuple[int, int, int], ...]) -> list[str]:
+    return [
+        template.format(a=max(a, b + 1), b=b, c=c) for template in templates for a, b, c in numbers
+    ]
 
 
 def _shuffled(prompts: list[str], seed: int) -> list[str]:
