@@ -259,3 +259,21 @@ def test_the_json_schema_refuses_unknown_keys_and_describes_every_field():
         for key, value in definition["properties"].items():
             assert value.get("description"), (name, key)
     assert set(schema["properties"]) == set(Recipe.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.kl_probe=null", r"max_kl is measured on train\.kl_probe"),
+        ("model.adapt.kind=full", r"train\.kl_weight needs LoRA"),
+        ("data.replay=null", r"data\.replay_share says how much of data\.replay"),
+    ],
+)
+def test_protection_that_cannot_be_obeyed_is_refused(override, message):
+    wanted = ["train.early_stopping.max_kl=0.1", "train.kl_weight=0.5"]
+    wanted += ["data.replay=self", "data.replay_share=0.2"]
+    recipe = parse_recipe(apply_overrides(TREE, wanted))
+    assert (recipe.train.early_stopping.max_kl, recipe.train.kl_probe) == (0.1, "auto")
+    assert (recipe.data.replay, recipe.data.replay_share) == ("self", 0.2)
+    with pytest.raises(ConfigError, match=message):
+        parse_recipe(apply_overrides(TREE, [*wanted, override]))

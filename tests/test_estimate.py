@@ -73,12 +73,15 @@ def test_operations_of_adapters_by_hand():
         "output_head": 4 * 40 * 3,
         "attention_scores": 3 * scores,
         "recomputation": 0,
+        "base": 0,
         "held_out": 2 * (288 + 100) * 5 + 4 * 2 * 4 * 15 + 2 * 40 * 2,
         "total": sum(value for name, value in found.items() if name != "total"),
     }
     again = Method(100, full=False, compute_bytes=2, checkpointing=True)
     recomputed = flops(SMALL, again, training, NOTHING)["recomputation"]
     assert recomputed == 2 * (288 + 100) * 7 + scores
+    beside = Method(100, full=False, compute_bytes=2, beside_base=True)
+    assert flops(SMALL, beside, training, NOTHING)["base"] == 2 * 288 * 7 + scores + 2 * 40 * 3
 
 
 def test_operations_of_full_tuning_by_hand():

@@ -113,6 +113,12 @@ class DataConfig(Section):
     """Rows longer than max_length: refuse with a table of lengths, drop, or cut the end off."""
     limit: PositiveInt | None = None
     """Use at most this many training rows (a seeded sample, taken after the split)."""
+    replay: Source | None = None
+    """General chats mixed into the training rows, so that less is forgotten: a file in any format
+    of rows, or `self` = the base model's own answers to general requests, made once (greedy) and
+    kept in data/replay.jsonl. Never validated, tested or shown as examples on."""
+    replay_share: Annotated[float, Field(gt=0, le=10)] = 0.1
+    """Rows of `replay` added, as a share of the training rows (after `limit`)."""
     seed: Seed | None = None
     """Seed of the splits, of the rows tested and of the few-shot examples; null = the recipe's
     seed. Keep it when only the training should get another seed, so that runs can be compared."""
@@ -126,6 +132,9 @@ class EarlyStoppingConfig(Section):
     min_delta: Literal["1se"] | NonNegativeFloat = "1se"
     """Improvement that counts: 1se = one standard error of the difference, paired by row; or nats
     per token."""
+    max_kl: PositiveFloat | None = None
+    """Largest distance from the base, KL(base || tuned) in nats per token on `train.kl_probe`. A
+    checkpoint beyond it is never the best one and counts as no improvement; null = no limit."""
 
 
 class TrainConfig(Section):
@@ -180,6 +189,14 @@ class TrainConfig(Section):
     take about a sixth of the training time."""
     early_stopping: EarlyStoppingConfig | None = EarlyStoppingConfig()
     """When to stop early; null = train to the end. The best weights are restored either way."""
+    kl_probe: Auto | Source | None = "auto"
+    """What forgetting is watched on: at every held-out loss KL(base || tuned), in nats per token of
+    fixed answers, goes into metrics.jsonl as `probe/kl`. auto = the base model's own answers, made
+    once, to 24 general requests (fewer, at least 8, where 24 would cost more than 2 % of the
+    training); or a file of chats; null = not measured."""
+    kl_weight: NonNegativeFloat = 0.0
+    """Adds this times KL(base || tuned) of every supervised token to the loss, so that the model
+    stays near its base; 0 = off. LoRA only. A step takes about half as long again."""
     save_total_limit: Annotated[int, Field(ge=2)] = 2
     """Checkpoints kept besides the best one; at least two, so that a damaged one has a
     predecessor to go back to."""
@@ -336,6 +353,24 @@ class Recipe(Section):
         shares = [share for share in (data.validation, data.test) if isinstance(share, float)]
         if sum(shares) >= 1:
             raise ValueError("data.validation and data.test together leave no rows to train on")
+        return self
+
+    @model_validator(mode="after")
+    def _protected(self) -> Self:
+        """Refuse what is said against forgetting and could not be obeyed."""
+        data, train, stopping = self.data, self.train, self.train.early_stopping
+        if stopping and stopping.max_kl is not None and train.kl_probe is None:
+            raise ValueError("train.early_stopping.max_kl is measured on train.kl_probe, not null")
+        if train.kl_weight and self.model.adapt.kind == "full":
+            raise ValueError(
+                "train.kl_weight needs LoRA, whose base is the adapter switched off; full tuning "
+                "would have to keep a second model"
+            )
+        if (
+            data.replay is None
+            and data.replay_share != DataConfig.model_fields["replay_share"].default
+        ):
+            raise ValueError("data.replay_share says how much of data.replay, which is null")
         return self
 
     @property

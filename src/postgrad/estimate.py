@@ -149,6 +149,8 @@ class Method:
     """Bytes of a number in a matrix product: 2 for bf16, 4 for float32."""
     checkpointing: bool = False
     """Activations are computed again in the backward pass instead of being kept."""
+    beside_base: bool = False
+    """The base is asked too, in every step: `train.kl_weight`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,10 +197,17 @@ def flops(shape: Shape, method: Method, training: Amount, held_out: Amount) -> d
         "output_head": (2 + backward) * shape.head_weights * training.supervised,
         "attention_scores": 3 * _scores(shape, training),
         "recomputation": forward if method.checkpointing else 0,
+        "base": _base_forward(shape, training) if method.beside_base else 0,
         "held_out": _forward(shape, method, held_out)
         + 2 * shape.head_weights * held_out.supervised,
     }
     return {**parts, "total": sum(parts.values())}
+
+
+def _base_forward(shape: Shape, amount: Amount) -> int:
+    """Operations of one pass through the blocks without adapters, and through the head."""
+    linear = 2 * shape.linear_weights * amount.tokens
+    return linear + _scores(shape, amount) + 2 * shape.head_weights * amount.supervised
 
 
 def _forward(shape: Shape, method: Method, amount: Amount) -> int:

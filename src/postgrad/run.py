@@ -133,6 +133,16 @@ class Run:
         return self.path / "data" / "manifest.jsonl"
 
     @property
+    def replay_path(self) -> Path:
+        """data/replay.jsonl: the general chats mixed into the training rows."""
+        return self.path / "data" / "replay.jsonl"
+
+    @property
+    def probe_path(self) -> Path:
+        """data/probe.jsonl: the answers on which the distance to the base is measured."""
+        return self.path / "data" / "probe.jsonl"
+
+    @property
     def preflight_path(self) -> Path:
         """preflight.json: every check with its verdict."""
         return self.path / "preflight.json"

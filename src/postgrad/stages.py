@@ -11,6 +11,7 @@ from typing import Any
 
 from postgrad.config import Recipe
 from postgrad.data.dataset import Dataset, load_dataset, read_dataset, save_dataset
+from postgrad.data.replay import SELF, planned_self_replay
 from postgrad.errors import ConfigError, RunError
 from postgrad.progress import Display, SilentDisplay
 from postgrad.run import Run, create_run, find_resumable, read_json
@@ -149,7 +150,7 @@ def plan(recipe: Recipe, options: Options) -> dict[str, Any]:
     from postgrad.train.session import open_session
 
     options.show.stage("data")
-    dataset = load_dataset(recipe.data, recipe.data_seed)
+    dataset = _planned(recipe)
     options.show.stage("model")
     return {"plan": dry_run(open_session(recipe, dataset), dataset)}
 
@@ -160,7 +161,7 @@ def estimate(recipe: Recipe, runs: Path, options: Options) -> dict[str, Any]:
     from postgrad.model.light_tokenizer import load_light_tokenizer
     from postgrad.train import forecast, speed
 
-    dataset = load_dataset(recipe.data, recipe.data_seed)
+    dataset = _planned(recipe)
     base, template = recipe.model.base, recipe.model.chat_template
     directory = find_directory(base, recipe.model.revision)
     if directory is None:
@@ -192,11 +193,15 @@ def estimate(recipe: Recipe, runs: Path, options: Options) -> dict[str, Any]:
 
 
 def explain_row(recipe: Recipe, row: int) -> list[tuple[str, float]]:
-    """Return training row number `row` (from 1) as rendered pieces with their loss weights."""
+    """Return training row number `row` (from 1) as rendered pieces with their loss weights.
+
+    Rows of a replay file come after the training rows.
+    """
     from postgrad.data.render import Renderer
     from postgrad.model.load import load_tokenizer, model_directory
 
-    rows = load_dataset(recipe.data, recipe.data_seed).of(Split.TRAIN)
+    dataset = load_dataset(recipe.data, recipe.data_seed)
+    rows = (*dataset.of(Split.TRAIN), *dataset.replay)
     if not 1 <= row <= len(rows):
         raise ConfigError(f"there is no training row {row}", f"choose from 1 to {len(rows)}")
     directory = model_directory(recipe.model.base, recipe.model.revision)
@@ -208,7 +213,7 @@ def doctor(recipe: Recipe) -> dict[str, Any]:
     """Run every pre-flight check of a recipe without training."""
     from postgrad.train.session import open_session
 
-    dataset = load_dataset(recipe.data, recipe.data_seed)
+    dataset = _planned(recipe)
     checks = open_session(recipe, dataset).checks(_data_checks(dataset, recipe))
     return {"checks": [asdict(check) for check in checks]}
 
@@ -298,13 +303,15 @@ def _data(run: Run, options: Options) -> Dataset:
 def _train(run: Run, dataset: Dataset, options: Options) -> None:
     """Pre-flight, the loop, the best weights, the export; does nothing when that is all done."""
     from postgrad.train.preflight import may_pack, refuse, write_checks
+    from postgrad.train.replay import add_own_answers
     from postgrad.train.session import open_session
     from postgrad.train.workflow import export_model, train_model
 
     if "train" in run.record:
         return
     with _timed(run, "preflight", options):
-        session = open_session(run.config, dataset)
+        dataset, loaded = add_own_answers(run, dataset)
+        session = open_session(run.config, dataset, loaded)
         run.write_text(run.config_path, session.recipe.to_yaml())
         checks = session.checks(_data_checks(dataset, session.recipe))
         write_checks(run, checks)
@@ -315,6 +322,15 @@ def _train(run: Run, dataset: Dataset, options: Options) -> None:
         facts = train_model(session, run, packed, options.show)
         merge = export_model(session, run, packed)
         run.update(train=facts, **({"merge": merge} if merge else {}))
+
+
+def _planned(recipe: Recipe) -> Dataset:
+    """Read the data; answers that the base model has yet to give stand in at their longest."""
+    dataset = load_dataset(recipe.data, recipe.data_seed)
+    if recipe.data.replay != SELF:
+        return dataset
+    rows = len(dataset.of(Split.TRAIN))
+    return replace(dataset, replay=planned_self_replay(recipe.data, rows, recipe.data_seed))
 
 
 def _data_checks(dataset: Dataset, recipe: Recipe) -> tuple[Check, ...]:

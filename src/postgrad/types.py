@@ -114,6 +114,8 @@ class Example:
     group: str | None = None
     """Rows of one group never cross splits (a customer, a document, a ticket)."""
     split: Split | None = None
+    unfinished: bool = False
+    """The last answer was cut off where generating it ended: to stop there is not learned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,7 @@ class Dropped:
     id: str
     source: str
     step: str
-    """`invalid`, `duplicate`, `overlap`, `overlength`, `truncated` or `limit`."""
+    """`invalid`, `duplicate`, `overlap`, `overlength`, `truncated`, `replay` or `limit`."""
     reason: str
     twin: str | None = None
     """`source` of the row that was kept instead."""
@@ -207,6 +209,9 @@ class LossSum:
     weight: float
     per_document: Any = None
     """[number of documents] loss sums, detached, when the objective was asked for them."""
+    terms: Mapping[str, Any] = field(default_factory=dict)
+    """What `total` is made of where it is more than one thing: detached sums by the name that they
+    get in metrics.jsonl (`loss`, `kl`), unweighted."""
 
 
 class StopReason(StrEnum):

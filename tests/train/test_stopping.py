@@ -1,6 +1,7 @@
 """Early stopping: the paired standard error is right, improvement never stops, noise does."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -157,3 +158,66 @@ def test_one_row_has_no_standard_error_and_counts_as_it_is():
     assert len(states) == 8
     assert not states[-1].stopped
     assert observe(states[0], 1, rows[1], 3)[1] == 0.0
+
+
+# --- staying near the base ----------------------------------------------------------------------
+
+
+def observe_near(pairs, patience=3, max_kl=0.1, min_delta=0.0):
+    """States after each (loss, kl), until it stops."""
+    states = []
+    for step, (loss, kl) in enumerate(pairs):
+        state = states[-1] if states else None
+        measured = replace(held_out(loss), kl=kl)
+        states.append(observe(state, step, measured, patience, min_delta, max_kl)[0])
+        if states[-1].stopped:
+            break
+    return states
+
+
+def test_a_checkpoint_beyond_the_limit_is_never_best_and_no_improvement():
+    states = observe_near([(3, 0), (2.5, 0.05), (2, 0.2), (2.4, 0.1), (1.5, 0.11)])
+    assert [state.best_step for state in states] == [0, 1, 1, 3, 3]
+    assert [state.waited for state in states] == [0, 0, 1, 0, 1]
+    assert [state.beyond for state in states] == [0, 0, 1, 0, 1]
+
+
+def test_patience_beyond_the_limit_stops_and_says_so():
+    states = observe_near([(3, 0), (2.5, 0.05), (2, 0.2), (1.9, 0.3), (1.8, 0.4), (1.7, 0.5)])
+    assert len(states) == 5
+    assert states[-1].stopped
+    assert states[-1].reason == (
+        "the last 3 evaluations were further than max_kl=0.1 nats per token from the base"
+    )
+    assert all(state.reason == "" for state in states[:-1])
+
+
+def test_the_reason_tells_loss_from_distance():
+    flat = observe_near([(3, 0), (3, 0.01), (3, 0.02), (3, 0.03)])[-1]
+    assert flat.reason == "held-out loss no longer improves"
+    both = observe_near([(3, 0), (3, 0.01), (3, 0.02), (2, 0.3)])[-1]
+    assert both.reason == (
+        "held-out loss no longer improves within max_kl=0.1 nats per token of the base"
+    )
+
+
+def test_a_distance_that_is_no_number_is_beyond_every_limit():
+    states = observe_near([(3, 0), (2, math.nan), (2, None)])
+    assert [state.best_step for state in states] == [0, 0, 0]
+
+
+def test_without_a_limit_the_distance_decides_nothing():
+    losses = [3, 2, 2.5, 1, 1, 1, 1]
+    free = observe_near([(loss, 100.0) for loss in losses], max_kl=None)
+    assert [s.best_step for s in free] == [s.best_step for s in observe_all(losses, 3, 0.0)]
+
+
+@given(
+    pairs=st.lists(st.tuples(st.floats(0.1, 10), st.floats(0, 1)), min_size=1, max_size=30),
+    max_kl=st.floats(0.01, 1),
+)
+def test_the_best_is_the_first_of_the_lowest_losses_within_the_limit(pairs, max_kl):
+    pairs = [(5.0, 0.0), *pairs]
+    state = observe_near(pairs, None, max_kl)[-1]
+    allowed = [(held_out(loss).loss, step) for step, (loss, kl) in enumerate(pairs) if kl <= max_kl]
+    assert (state.best_loss, state.best_step) == min(allowed)

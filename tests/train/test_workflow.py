@@ -46,6 +46,8 @@ FACTS = {
     "precision",
     "packed",
     "restored_loss",
+    "probe_kl",
+    "stop_reason",
 }
 
 

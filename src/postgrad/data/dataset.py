@@ -10,6 +10,7 @@ from typing import Any
 
 from postgrad.config import DataConfig
 from postgrad.data.files import Problem, data_files
+from postgrad.data.replay import SELF, Replay, read_replay
 from postgrad.data.rows import read_file, refuse_or_drop
 from postgrad.data.splits import divide
 from postgrad.errors import DataError
@@ -30,11 +31,27 @@ class Dataset:
     files: tuple[Mapping[str, Any], ...]
     """path, uri, given_as (train, validation, test), sha256, format, rows of every file read."""
     checks: tuple[Check, ...]
-    """`rows-well-formed`, `split-overlap`, `held-out-size`."""
+    """`rows-well-formed`, `split-overlap`, `held-out-size`, and `replay` where there is some."""
+    replay: tuple[Example, ...] = ()
+    """General chats that are trained on too; in no split, so nothing else ever sees them."""
 
     def of(self, split: Split) -> tuple[Example, ...]:
         """Return the examples of one split, in order."""
         return tuple(example for example in self.examples if example.split is split)
+
+    @property
+    def held_out(self) -> tuple[Example, ...]:
+        """Return the validation and the test rows."""
+        return (*self.of(Split.VALIDATION), *self.of(Split.TEST))
+
+    def with_replay(self, replay: Replay) -> "Dataset":
+        """Return the same rows and these chats."""
+        return dataclasses.replace(
+            self,
+            dropped=(*self.dropped, *replay.dropped),
+            checks=(*self.checks, replay.check),
+            replay=replay.examples,
+        )
 
 
 @dataclass(slots=True)
@@ -64,12 +81,16 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
     }
     division = divide(reading.rows[Split.TRAIN], given, config, seed)
     check = _rows_check(reading, dropped)
-    return Dataset(
+    dataset = Dataset(
         division.examples,
         (*dropped, *division.dropped),
         tuple(reading.files),
         (check, *division.checks),
     )
+    if config.replay in (None, SELF):
+        return dataset
+    training_rows = len(dataset.of(Split.TRAIN))
+    return dataset.with_replay(read_replay(config, training_rows, dataset.held_out, seed))
 
 
 def _read(config: DataConfig) -> _Reading:
@@ -154,7 +175,7 @@ def _rows_check(reading: _Reading, dropped: Sequence[Dropped]) -> Check:
 
 
 def save_dataset(dataset: Dataset, run: Run) -> None:
-    """Write data/kept.jsonl, data/dropped.jsonl and data/manifest.jsonl.
+    """Write data/kept.jsonl, data/dropped.jsonl, data/manifest.jsonl and, if any, replay.jsonl.
 
     The manifest has a line per file, then one per split, then one per check.
     """
@@ -166,6 +187,9 @@ def save_dataset(dataset: Dataset, run: Run) -> None:
     ]
     counts = Counter(example.split for example in dataset.examples)
     splits = [{"split": split.value, "rows": counts[split]} for split in Split if counts[split]]
+    if dataset.replay:
+        run.write_jsonl(run.replay_path, map(example_to_row, dataset.replay))
+        splits.append({"split": "replay", "rows": len(dataset.replay)})
     checks = [{"check": dataclasses.asdict(check)} for check in dataset.checks]
     run.write_jsonl(run.manifest_path, [*files, *splits, *checks])
 
@@ -190,6 +214,7 @@ def read_dataset(run: Run) -> Dataset:
         tuple(Dropped(**line) for line in read_jsonl(run.dropped_path)),
         tuple(files),
         tuple(Check(**{**check, "rows": tuple(check["rows"])}) for check in checks),
+        tuple(map(example_from_row, read_jsonl(run.replay_path))),
     )
 
 
@@ -204,6 +229,8 @@ def example_to_row(example: Example) -> dict[str, Any]:
     }
     if example.conversation.tools:
         row["tools"] = list(example.conversation.tools)
+    if example.unfinished:
+        row["unfinished"] = True
     return row
 
 
@@ -241,4 +268,5 @@ def example_from_row(row: Mapping[str, Any]) -> Example:
     )
     conversation = Conversation(messages, tuple(row.get("tools", ())))
     split = Split(row["split"]) if row["split"] else None
-    return Example(row["id"], conversation, row["source"], row["group"], split)
+    unfinished = row.get("unfinished", False)
+    return Example(row["id"], conversation, row["source"], row["group"], split, unfinished)

@@ -340,6 +340,8 @@ class Renderer:
             if first < end:
                 weights[first:end] = span.weight
                 answers.append(Answer(span.message, span.weight, first, end))
+        if example.unfinished and answers:
+            weights[answers[-1].end - 1] = 0
         tokens = Tokens(np.asarray(ids, np.int64), weights, example.id)
         return Rendering(example, tokens, tuple(answers), tuple(problems))
 

@@ -165,6 +165,8 @@ class Training:
     precision: str | None = None
     packed: bool | None = None
     restored_loss: float | None = None
+    probe_kl: float | None = None
+    stop_reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +200,7 @@ class Curves:
     learning_rate: tuple[Point, ...]
     gradient_norm: tuple[Point, ...]
     held_out: tuple[HeldOut, ...]
+    probe_kl: tuple[Point, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -458,6 +461,7 @@ def _curves(run: Run) -> Curves | None:
         learning_rate=series("train/learning_rate"),
         gradient_norm=series("train/grad_norm"),
         held_out=held_out,
+        probe_kl=series("probe/kl"),
     )
 
 

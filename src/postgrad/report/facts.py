@@ -30,6 +30,7 @@ _STEPS = {
     "overlap": "too like a row of another split",
     "overlength": "longer than max_length",
     "truncated": "cut to max_length (kept)",
+    "replay": "a general chat that could not be trained on as it is",
     "limit": "over the limit asked for",
 }
 
@@ -179,6 +180,10 @@ def training_facts(report: Report) -> Html | None:
             ("Tokens", _count(t.tokens)),
             ("Supervised tokens", _count(t.supervised_tokens)),
             ("Tokens per second", _count(t.tokens_per_second)),
+            (
+                "KL to the base",
+                None if t.probe_kl is None else f"{number(t.probe_kl)} nats a token",
+            ),
             ("Peak memory", size(t.peak_memory_bytes)),
             ("Peak learning rate", number(t.learning_rate)),
             ("Tokens per batch", _count(t.tokens_per_batch)),

@@ -331,6 +331,7 @@ def _curves(curves: Curves, report: Report) -> Html:
             charts.small_chart(series, title, width=360, name=name),
         )
         for series, title, name in (
+            (curves.probe_kl, "Distance from the base: KL in nats per token", "kl"),
             (curves.learning_rate, "Learning rate", "rate"),
             (curves.gradient_norm, "Gradient norm", "norm"),
         )

@@ -365,9 +365,11 @@ def training_notes(report: Report) -> list[str]:
     found = []
     if training and training.best_step is not None and training.best_loss is not None:
         how = {"early": "stopped early", "end": "ran to the end"}.get(training.stopped or "", "ran")
+        why = f" ({training.stop_reason})" if training.stop_reason else ""
         found.append(
             f"Training {how}"
             + (f" at step {count(training.last_step)}" if training.last_step is not None else "")
+            + why
             + f"; the weights of step {count(training.best_step)} were kept "
             f"(held-out loss {number(training.best_loss)} nats per token)."
         )
@@ -379,6 +381,13 @@ def training_notes(report: Report) -> list[str]:
         )
     if curves and len(curves.held_out) > 1:
         found += _shape_notes([(e.step, e.loss) for e in curves.held_out])
+    if training and training.probe_kl is not None:
+        probe = report.recipe.train.kl_probe
+        rows = "answers of the base model to general requests" if probe == "auto" else probe
+        found.append(
+            f"On {rows} the kept weights are {number(training.probe_kl)} nats per token away from "
+            "the base model (KL divergence; 0 = unchanged)."
+        )
     if report.merge:
         found.append(_merge_note(report.merge))
     return found

@@ -67,6 +67,8 @@ def save_checkpoint(
                 "best_loss": s.best_loss,
                 "waited": s.waited,
                 "stopped": s.stopped,
+                "beyond": s.beyond,
+                "reason": s.reason,
             }
             held_out = {"sums": s.reference.sums, "weights": s.reference.weights}
             save_file({k: torch.from_numpy(v) for k, v in held_out.items()}, folder / HELD_OUT)

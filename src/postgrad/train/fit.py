@@ -90,7 +90,7 @@ def fit(
                 group["lr"] = rate
             sums = _accumulate(model, objective, micro, parameters, world)
             batches.prepare(progress.step + 1)
-            loss, norm = _update(
+            loss, norm, terms = _update(
                 model, objective, micro, parameters, optimizer, loop.max_grad_norm, sums
             )
             tokens = sum(batch.tokens for batch in micro)
@@ -103,7 +103,7 @@ def fit(
                 seconds=time.monotonic() - began,
             )
             figures = {"train/loss": loss, "train/grad_norm": norm, "train/learning_rate": rate}
-            figures["train/supervised_tokens"] = supervised
+            figures |= {"train/supervised_tokens": supervised, **terms}
             run.metrics(progress.step, progress.tokens, progress.seconds, **figures)
             for probe in probes:
                 if progress.step % probe.every == 0:
@@ -138,8 +138,8 @@ def _accumulate(
 ) -> Tensor:
     """Sum losses and gradients of a step over micro-batches and ranks.
 
-    Returns [loss sum, gradient norm] in float64 on the model's device. Nothing is read back: a
-    device may still be busy with all of it when this returns.
+    Returns [loss sum, gradient norm, *sums of the objective's terms] in float64 on the model's
+    device. Nothing is read back: a device may still be busy with all of it when this returns.
     """
     weight = _weight(micro)
     if weight == 0:
@@ -149,14 +149,18 @@ def _accumulate(
             "give these rows an answer with a weight, or leave them out",
         )
     model.train()
-    total = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
+    parts = objective.terms
+    totals = torch.zeros(1 + len(parts), dtype=torch.float64, device=parameters[0].device)
     for batch in micro[world.rank :: world.size]:
         loss = objective(model, batch)
         (loss.total / weight).backward()
-        total += loss.total.detach()
+        totals[0] += loss.total.detach()
+        for index, term in enumerate(parts, 1):
+            totals[index] += loss.terms[term]
     world.sum_gradients(parameters)
     norm = torch.nn.utils.get_total_norm(_gradients(parameters))
-    return torch.stack([world.sum_(total), norm.to(total)])
+    total, *terms = world.sum_(totals).unbind()
+    return torch.stack([total, norm.to(total), *terms])
 
 
 def _update(
@@ -167,20 +171,24 @@ def _update(
     optimizer: torch.optim.Optimizer,
     max_grad_norm: float | None,
     sums: Tensor,
-) -> tuple[float, float]:
-    """Take the optimizer step; returns (loss in nats per token, gradient norm before clipping).
+) -> tuple[float, float, dict[str, float]]:
+    """Take the optimizer step; returns (loss in nats per token, gradient norm, terms).
 
     Reading `sums` is the only time in a step that the host waits for the device: weights must not
     move if they are not finite.
     """
-    total, norm = sums.tolist()
+    total, norm, *terms = sums.tolist()
     if not (abs(total) < float("inf") and norm < float("inf")):
         raise _not_finite(model, objective, micro, total, norm)
     if max_grad_norm is not None and max_grad_norm < norm:
         torch._foreach_mul_(_gradients(parameters), max_grad_norm / norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return total / _weight(micro), norm
+    weight = _weight(micro)
+    named = {
+        f"train/{name}": term / weight for name, term in zip(objective.terms, terms, strict=True)
+    }
+    return named.get("train/loss", total / weight), norm, named
 
 
 def _weight(micro: Sequence[Batch]) -> float:
@@ -223,11 +231,13 @@ def _evaluate(
     stopping, error = stopper(progress.stopping, progress.step, held_out)
     values = {"validation/loss": held_out.loss, "validation/se": error}
     values["validation/best"] = stopping.best_loss
+    if held_out.kl is not None:
+        values["probe/kl"] = held_out.kl
     run.metrics(progress.step, progress.tokens, progress.seconds, **values)
     if stopping.best_step == progress.step:
         run.event("best", step=progress.step, loss=held_out.loss)
     if stopping.stopped:
-        run.event("stopped", step=progress.step, reason="held-out loss no longer improves")
+        run.event("stopped", step=progress.step, reason=stopping.reason)
     return replace(progress, stopping=stopping)
 
 

@@ -169,7 +169,8 @@ def forecast(recipe: Recipe, dataset: Dataset, directory: Path, tokenizer: Any) 
 
 def row_counts(dataset: Dataset) -> dict[str, int]:
     """Return the rows of every split that has any."""
-    return {str(split): len(dataset.of(split)) for split in Split if dataset.of(split)}
+    rows = {str(split): len(dataset.of(split)) for split in Split if dataset.of(split)}
+    return rows | ({"replay": len(dataset.replay)} if dataset.replay else {})
 
 
 def _method(recipe: Recipe, shape: Shape, native_bf16: bool) -> Method:
@@ -183,11 +184,14 @@ def _method(recipe: Recipe, shape: Shape, native_bf16: bool) -> Method:
         else shape.parameters,
         full=not is_lora,
         compute_bytes=2 if narrow else 4,
+        beside_base=recipe.train.kl_weight > 0,
     )
 
 
 def _rendered(recipe: Recipe, dataset: Dataset, renderer: Renderer, split: Split) -> list[Tokens]:
     kept, _ = keep_usable(renderer.inspect_all(dataset.of(split)), recipe.data)
+    if split is Split.TRAIN:
+        kept += renderer.inspect_all(dataset.replay)
     rows = [rendering.tokens for rendering in kept if rendering.tokens is not None]
     if not rows:
         raise DataError(

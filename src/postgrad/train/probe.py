@@ -89,7 +89,7 @@ def dry_run(session: Session, dataset: Dataset) -> dict[str, Any]:
         session.training,
         amount_of((len(row), int((row.weights > 0).sum())) for row in session.validation),
         read_shape(session.model.config.to_dict()),
-        Method(trained, full, session.loaded.dtype.itemsize, recompute),
+        Method(trained, full, session.loaded.dtype.itemsize, recompute, recipe.train.kl_weight > 0),
         parameters=session.loaded.parameters - (0 if full else trained),
         rows=row_counts(dataset),
         on_gpu=device().type == "cuda",
@@ -108,7 +108,8 @@ def probe(work: Forecast, dataset: Dataset, directory: Path) -> Speed:
     """
     layers = work.shape.layers
     shallow, deep = (min(depth, layers) for depth in DEPTHS)
-    few = replace(dataset, examples=tuple(e for s, n in ROWS.items() for e in dataset.of(s)[:n]))
+    examples = tuple(e for s, n in ROWS.items() for e in dataset.of(s)[:n])
+    few = replace(dataset, examples=examples, replay=())
     deeper, recipe = _timed(work.recipe, few, directory, deep)
     base, _ = _timed(recipe, few, directory, shallow)
     spread = max(1, deep - shallow)

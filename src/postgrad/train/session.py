@@ -21,6 +21,7 @@ from postgrad.model import compiled, lora
 from postgrad.model.attention import training_attention
 from postgrad.model.attention_probe import AttentionProbe, probe_attention
 from postgrad.model.load import Loaded, device, load
+from postgrad.train.base_answers import renderer_of
 from postgrad.train.held_out import Validation
 from postgrad.train.memory import available_bytes
 from postgrad.train.plan import (
@@ -31,7 +32,7 @@ from postgrad.train.plan import (
 from postgrad.train.preflight import preflight
 from postgrad.train.sft import SupervisedFineTuning, can_share_prefix, has_plain_head
 from postgrad.train.stream import Stream
-from postgrad.types import Batch, Check, Dropped, Split, Tokens
+from postgrad.types import Batch, Check, Dropped, Example, Split, Tokens
 
 PROBE_TOKENS = 1024
 PROBE_TURNS = 3
@@ -115,9 +116,7 @@ def open_session(recipe: Recipe, dataset: Dataset, loaded: Loaded | None = None)
     torch.manual_seed(recipe.seed)
     recipe = with_eval_rows(recipe, len(dataset.of(Split.TRAIN)))
     loaded = loaded or load(recipe.model)
-    eos = loaded.model.generation_config.eos_token_id
-    eos_ids = [eos] if isinstance(eos, int) else list(eos or [])
-    renderer = Renderer(loaded.tokenizer, eos_token_ids=eos_ids)
+    renderer = renderer_of(loaded)
     adapt = recipe.model.adapt
     if isinstance(adapt, LoraConfig):
         lora.add_lora(loaded.model, adapt, recipe.seed)
@@ -129,6 +128,7 @@ def open_session(recipe: Recipe, dataset: Dataset, loaded: Loaded | None = None)
         has_plain_head(loaded.model),
         autocast=full_in_bf16,
         share_prefix=recipe.train.shared_prefix == "auto" and can_share_prefix(loaded.model),
+        kl_weight=recipe.train.kl_weight,
     )
     session = Session(recipe, loaded, renderer, renderings, rows[0], rows[1], dropped, objective)
     return _resolved(session)
@@ -159,10 +159,40 @@ def _rows(
         if split is Split.VALIDATION and recipe.train.eval_rows is not None:
             assert recipe.train.eval_rows != "auto"
             tokens = _sample(tokens, recipe.train.eval_rows, recipe.data_seed)
+        if split is Split.TRAIN and dataset.replay:
+            extra, unusable = _replay(recipe, dataset.replay, renderer)
+            rendered, lost = [*rendered, *extra], [*lost, *unusable]
+            tokens += tuple(r.tokens for r in extra if r.tokens is not None)
         found += rendered
         rows.append(tokens)
         dropped += lost
     return tuple(found), tuple(rows), tuple(dropped)
+
+
+def _replay(
+    recipe: Recipe, chats: Sequence[Example], renderer: Renderer
+) -> tuple[list[Rendering], list[Dropped]]:
+    """Render the chats; one that is too long or not whole is left out: another would do as well."""
+    kept: list[Rendering] = []
+    dropped: list[Dropped] = []
+    limit = recipe.data.max_length
+    for found in renderer.inspect_all(chats):
+        reason = found.problems[0].detail if found.problems else ""
+        if found.tokens is not None and not reason:
+            long = len(found.tokens) > limit
+            reason = f"{len(found.tokens)} tokens, data.max_length is {limit}" if long else ""
+            reason = reason or ("" if found.tokens.supervised else "nothing in it is an answer")
+        if reason:
+            name, source = found.example.id, found.example.source
+            dropped.append(Dropped(name, source, "replay", reason))
+        else:
+            kept.append(found)
+    if not kept:
+        raise DataError(
+            f"no row of data.replay can be trained on (the first: {_first(dropped)})",
+            "give other general chats, or raise data.max_length",
+        )
+    return kept, dropped
 
 
 def _first(lost: Sequence[Dropped]) -> str:

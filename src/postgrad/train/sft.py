@@ -1,4 +1,7 @@
-"""Supervised fine-tuning: weighted next-token cross-entropy on the supervised positions only."""
+"""Supervised fine-tuning: weighted next-token cross-entropy on the supervised positions only.
+
+With `kl_weight` the distance to the base, KL(base || tuned), is added at the same positions.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +14,10 @@ from torch.nn import functional
 from postgrad.data.batches import micro_batches
 from postgrad.errors import ModelError
 from postgrad.model.attention import is_ours, training_attention
+from postgrad.model.divergence import cross_entropy_and_kl, forward_kl
 from postgrad.model.fused import cross_entropy
 from postgrad.model.layout import Layout
+from postgrad.model.lora import disabled
 from postgrad.model.transfer import on_device
 from postgrad.types import Batch, IntArray, LossSum, Tokens
 
@@ -26,6 +31,8 @@ SHARED_LEAST = 0.04
 """A common beginning is computed once when that saves at least this share of the tokens."""
 CHUNK = 1024
 """Supervised positions whose logits exist at the same time."""
+KL_CHUNK = 256
+"""The same where two models' logits are compared, in float32."""
 
 
 class _FusedCrossEntropy(torch.autograd.Function):
@@ -73,6 +80,61 @@ class _FusedCrossEntropy(torch.autograd.Function):
         return of_hidden * grad.to(of_hidden.dtype), *head, None, None
 
 
+class _FusedCrossEntropyAndKl(torch.autograd.Function):
+    """sum_i w_i (-log q_i[y_i] + b KL(p_i || q_i)); q from hidden states h, p from the base's.
+
+    Both go through the same frozen head; as above, no logits are kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        base: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        w: Tensor,
+        kl_weight: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        assert not any(ctx.needs_input_grad[1:]), "the head of the base does not move"
+        matrix = weight.to(hidden.dtype)
+        grad_hidden = torch.empty_like(hidden)
+        losses, kl = (
+            torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(2)
+        )
+        for start in range(0, len(hidden), KL_CHUNK):
+            part = slice(start, start + KL_CHUNK)
+            tuned, plain = (functional.linear(h[part], matrix, bias) for h in (hidden, base))
+            losses[part], kl[part], delta = cross_entropy_and_kl(
+                tuned, plain, labels[part], w[part], kl_weight
+            )
+            grad_hidden[part] = delta @ matrix
+        ctx.save_for_backward(grad_hidden)
+        ctx.mark_non_differentiable(losses, kl)
+        total = ((losses + kl_weight * kl) * w).sum(dtype=torch.float64)
+        return total, losses, kl
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        (of_hidden,) = ctx.saved_tensors
+        return of_hidden * grad.to(of_hidden.dtype), *[None] * 6
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """What the model gets for a batch, and its supervised positions."""
+
+    inputs: dict[str, Any]
+    """Keywords of the model's forward."""
+    flat: Tensor
+    """[N] indices into its hidden states, rows one after another; padded to a multiple."""
+    labels: Tensor
+    """[N] the tokens to predict."""
+    weights: Tensor
+    """[N] zero where padded."""
+
+
 @dataclass(frozen=True, slots=True)
 class SupervisedFineTuning:
     """The SFT objective."""
@@ -83,9 +145,36 @@ class SupervisedFineTuning:
     """Compute a float32 model in bf16 (full tuning keeps float32 master weights)."""
     share_prefix: bool = False
     """Compute what all documents of a packed row begin with once (see `share_prefix`)."""
+    kl_weight: float = 0.0
+    """Times KL(base || tuned) is added while training; the base is the adapters switched off."""
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """What a loss sum is made of, when it is more than the loss."""
+        return ("loss", "kl") if self.kl_weight else ()
 
     def __call__(self, model: Any, batch: Batch, per_document: bool = False) -> LossSum:
-        """Return the loss sum of a micro-batch; `per_document` adds a sum for each document."""
+        """Return the loss sum of a micro-batch; `per_document` adds a sum for each document.
+
+        The distance to the base is part of what is trained, not of what is measured: without
+        gradients and in the sums of documents there is none of it.
+        """
+        at = self.positions(model, batch)
+        device = at.flat.device
+        if self.kl_weight and torch.is_grad_enabled() and not per_document:
+            return self._with_kl(model, batch, at)
+        with self.precision(device):
+            total, losses = self._losses(model, at)
+        sums = None
+        if per_document:
+            rows, columns = np.nonzero(batch.weights)
+            document = on_device(batch.documents[rows, columns], device)
+            sums = torch.zeros(len(batch.example_ids), dtype=torch.float64, device=device)
+            sums.index_add_(0, document, (losses * at.weights)[: len(rows)].double())
+        return LossSum(total, batch.supervised, sums)
+
+    def positions(self, model: Any, batch: Batch) -> Positions:
+        """Return what the model gets and where it has to answer, on its device."""
         device = model.get_input_embeddings().weight.device
         rows, columns = np.nonzero(batch.weights)
         spare = (0, -len(rows) % POSITION_MULTIPLE)
@@ -94,30 +183,62 @@ class SupervisedFineTuning:
             on_device(np.pad(values[rows, columns], spare), device)
             for values in (place, batch.labels, batch.weights)
         )
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
-            total, losses = self._losses(model, inputs, flat, labels, weights)
-        sums = None
-        if per_document:
-            document = on_device(batch.documents[rows, columns], device)
-            sums = torch.zeros(len(batch.example_ids), dtype=torch.float64, device=device)
-            sums.index_add_(0, document, (losses * weights)[: len(rows)].double())
-        return LossSum(total, batch.supervised, sums)
+        return Positions(inputs, flat, labels, weights)
 
-    def _losses(
-        self, model: Any, inputs: dict[str, Any], flat: Tensor, labels: Tensor, weights: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def precision(self, device: torch.device) -> torch.autocast:
+        """Return a block inside which the model computes in the precision of training."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.autocast)
+
+    def outputs(self, model: Any, at: Positions) -> Tensor:
+        """Return what the logits of the positions are made from: hidden states [N, H] or they.
+
+        Inside `precision`. `logits` finishes it.
+        """
         if self.fused:
-            hidden = model.base_model(**inputs).last_hidden_state
-            hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, flat)
+            found = model.base_model(**at.inputs).last_hidden_state
+        else:
+            found = model(**at.inputs).logits
+        return found.reshape(-1, found.shape[-1]).index_select(0, at.flat)  # type: ignore[no-any-return]
+
+    def logits(self, model: Any, outputs: Tensor) -> Tensor:
+        """Return logits [N, V] of `outputs`."""
+        return model.get_output_embeddings()(outputs) if self.fused else outputs
+
+    def _losses(self, model: Any, at: Positions) -> tuple[Tensor, Tensor]:
+        outputs = self.outputs(model, at)
+        if self.fused:
             head = model.get_output_embeddings()
             bias = getattr(head, "bias", None)
             return _FusedCrossEntropy.apply(  # type: ignore[no-untyped-call,no-any-return]
-                hidden, head.weight, bias, labels, weights
+                outputs, head.weight, bias, at.labels, at.weights
             )
-        logits = model(**inputs).logits
-        logits = logits.reshape(-1, logits.shape[-1]).index_select(0, flat).float()
-        losses = functional.cross_entropy(logits, labels, reduction="none")
-        return (losses * weights).sum(dtype=torch.float64), losses.detach()
+        losses = functional.cross_entropy(outputs.float(), at.labels, reduction="none")
+        return (losses * at.weights).sum(dtype=torch.float64), losses.detach()
+
+    def _with_kl(self, model: Any, batch: Batch, at: Positions) -> LossSum:
+        base = self._base_outputs(model, at)
+        outputs = self.outputs(model, at)
+        if self.fused:
+            head = model.get_output_embeddings()
+            total, losses, kl = _FusedCrossEntropyAndKl.apply(  # type: ignore[no-untyped-call]
+                outputs, base, head.weight, getattr(head, "bias", None), at.labels, at.weights,
+                self.kl_weight,
+            )  # fmt: skip
+        else:
+            losses = functional.cross_entropy(outputs.float(), at.labels, reduction="none")
+            kl = forward_kl(base, outputs)
+            total = ((losses + self.kl_weight * kl) * at.weights).sum(dtype=torch.float64)
+        sums = ((of.detach() * at.weights).sum(dtype=torch.float64) for of in (losses, kl))
+        return LossSum(total, batch.supervised, terms=dict(zip(self.terms, sums, strict=True)))
+
+    def _base_outputs(self, model: Any, at: Positions) -> Tensor:
+        """Return the outputs of the base: adapters off, no dropout, no gradient."""
+        was_training = model.training
+        model.eval()
+        with torch.no_grad(), disabled(model):
+            found = self.outputs(model, at)
+        model.train(was_training)
+        return found
 
 
 def has_plain_head(model: Any) -> bool:

@@ -21,6 +21,8 @@ class HeldOut:
     """[rows] nats."""
     weights: Floats
     """[rows] supervised tokens (weighted)."""
+    kl: float | None = None
+    """KL(base || tuned) on the probe, nats per token; None when it is not measured."""
 
     @property
     def loss(self) -> float:
@@ -55,6 +57,10 @@ class StoppingState:
     waited: int = 0
     """Evaluations since then."""
     stopped: bool = False
+    beyond: int = 0
+    """How many of the last evaluations, one after another, were beyond `max_kl`."""
+    reason: str = ""
+    """Why it stopped."""
 
 
 def observe(
@@ -63,11 +69,13 @@ def observe(
     held_out: HeldOut,
     patience: int | None,
     min_delta: float | str = "1se",
+    max_kl: float | None = None,
 ) -> tuple[StoppingState, float]:
     """Return the state after an evaluation, and the standard error of its paired difference.
 
-    The best checkpoint is the one with the lowest loss. Patience counts evaluations that did not
-    improve on the reference by more than `min_delta`; `patience` None never stops.
+    The best checkpoint is the one with the lowest loss among those within `max_kl` of the base.
+    Patience counts evaluations that did not improve on the reference by more than `min_delta`, or
+    did so beyond `max_kl`; `patience` None never stops. The first evaluation is the base itself.
     """
     if state is None:
         return StoppingState(step, held_out.loss, held_out), 0.0
@@ -75,13 +83,29 @@ def observe(
     if math.isinf(error):  # one row: its noise is unknown, so what it says counts as it is
         error = 0.0
     threshold = error if min_delta == "1se" else float(min_delta)
-    significant = improvement > threshold
+    within = max_kl is None or (held_out.kl is not None and held_out.kl <= max_kl)
+    significant = within and improvement > threshold
     waited = 0 if significant else state.waited + 1
-    better = held_out.loss < state.best_loss
+    beyond = 0 if within else state.beyond + 1
+    stopped = patience is not None and waited >= patience
+    better = within and held_out.loss < state.best_loss
     return StoppingState(
         best_step=step if better else state.best_step,
         best_loss=held_out.loss if better else state.best_loss,
         reference=held_out if significant else state.reference,
         waited=waited,
-        stopped=patience is not None and waited >= patience,
+        stopped=stopped,
+        beyond=beyond,
+        reason=_reason(beyond, waited, max_kl) if stopped else "",
     ), error
+
+
+def _reason(beyond: int, waited: int, max_kl: float | None) -> str:
+    if not beyond:
+        return "held-out loss no longer improves"
+    if beyond >= waited:
+        return (
+            f"the last {waited} evaluations were further than max_kl={max_kl:g} nats per token "
+            "from the base"
+        )
+    return f"held-out loss no longer improves within max_kl={max_kl:g} nats per token of the base"

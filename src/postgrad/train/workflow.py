@@ -1,7 +1,8 @@
 """Train, restore the best weights, prove that they are the best, export them, prove that too."""
 
 import functools
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -18,12 +19,13 @@ from postgrad.run import Run
 from postgrad.train.checkpoint import Progress, load_weights, resume, save_weights
 from postgrad.train.fit import Loop, fit
 from postgrad.train.held_out import Validation
+from postgrad.train.kl_probe import KlProbe, open_kl_probe
 from postgrad.train.memory import peak_memory
 from postgrad.train.optimizer import make_optimizer, trainable
 from postgrad.train.schedule import learning_rate
 from postgrad.train.session import Session
 from postgrad.train.sft import model_inputs
-from postgrad.train.stopping import observe
+from postgrad.train.stopping import HeldOut, observe
 
 RESTORE_TOLERANCE = 1e-6
 """Largest relative difference between a recorded held-out loss and the restored model's; zero on a
@@ -43,6 +45,7 @@ def train_model(session: Session, run: Run, packed: bool, display: Display) -> d
     assert isinstance(peak, float)
     assert isinstance(config.eval_steps, int)
     optimizer = make_optimizer(session.model, config, peak)
+    probe = open_kl_probe(session, run, packed)
     start = resume(run, session.model, optimizer)
     if start is None:
         torch.manual_seed(session.recipe.seed)
@@ -74,17 +77,30 @@ def train_model(session: Session, run: Run, packed: bool, display: Display) -> d
                 config.max_grad_norm,
             ),
             run=run,
-            validate=functools.partial(validation, session.model, session.objective),
+            validate=_measurement(session, validation, probe),
             stopper=functools.partial(
                 observe,
                 patience=stopping.patience if stopping else None,
                 min_delta=stopping.min_delta if stopping else "1se",
+                max_kl=stopping.max_kl if stopping else None,
             ),
             start=start,
             display=display,
         )
         restored = restore_best(session, run, validation, progress)
     return _facts(session, run, progress, restored, memory.bytes, len(stream), packed)
+
+
+def _measurement(
+    session: Session, validation: Validation, probe: KlProbe | None
+) -> Callable[[], HeldOut]:
+    """Return what the loop calls at every evaluation: held-out loss, and distance to the base."""
+
+    def measure() -> HeldOut:
+        held_out = validation(session.model, session.objective)
+        return held_out if probe is None else replace(held_out, kl=probe(session.model))
+
+    return measure
 
 
 def restore_best(session: Session, run: Run, validation: Validation, progress: Progress) -> float:
@@ -120,15 +136,19 @@ def _facts(
 ) -> dict[str, Any]:
     assert progress.stopping is not None
     train = session.recipe.train
-    first = next(line for line in run.read_metrics() if "validation/loss" in line)
+    stopping = progress.stopping
+    evaluations = [line for line in run.read_metrics() if "validation/loss" in line]
+    best = next(line for line in evaluations if line["step"] == stopping.best_step)
     tokens_per_epoch = sum(len(row) for row in session.training)
     return {
-        "best_step": progress.stopping.best_step,
-        "best_loss": progress.stopping.best_loss,
+        "best_step": stopping.best_step,
+        "best_loss": stopping.best_loss,
         "restored_loss": restored,
-        "start_loss": first["validation/loss"],
+        "start_loss": evaluations[0]["validation/loss"],
+        "probe_kl": best.get("probe/kl"),
         "last_step": progress.step,
-        "stopped": "early" if progress.stopping.stopped else "end",
+        "stopped": "early" if stopping.stopped else "end",
+        "stop_reason": stopping.reason,
         "steps": steps,
         "epochs": round(progress.tokens / tokens_per_epoch, 3),
         "tokens": progress.tokens,
