@@ -23,7 +23,8 @@ from torch.nn.utils.rnn import pad_sequence
 from postgrad.config import Recipe, load_recipe
 from postgrad.data.dataset import Dataset, load_dataset, read_dataset
 from postgrad.data.render import Renderer
-from postgrad.evaluate.runner import choose_shots, resolve_max_new_tokens, sample_test, with_shots
+from postgrad.evaluate.fewshot import choose_shots, with_shots
+from postgrad.evaluate.runner import resolve_max_new_tokens, sample_test
 from postgrad.evaluate.workflow import tuned_model
 from postgrad.model.generate import generate
 from postgrad.model.load import load, load_model, load_tokenizer, model_directory

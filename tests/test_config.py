@@ -68,7 +68,10 @@ def test_errors_inside_adapt_name_the_right_key():
     ("override", "expected"),
     [
         ("train.num_train_epochs=-1", "train.num_train_epochs must be greater than 0, not -1"),
-        ("train.learning_rate=fast", "train.learning_rate must be number or auto, not 'fast'"),
+        (
+            "train.learning_rate=fast",
+            "train.learning_rate must be number or auto or probe, not 'fast'",
+        ),
         ("train.learning_rate=.inf", "train.learning_rate must be finite"),
         ("train.weight_decay=.nan", "train.weight_decay must be finite"),
         ("data.validation=1.5", "data.validation must be less than 1, not 1.5"),

@@ -23,7 +23,16 @@ from pydantic import (
 
 from postgrad.errors import ConfigError
 from postgrad.keys import describe, problems
-from postgrad.sections import AdapterConfig, DialConfig, FullConfig, LoraConfig, Section
+from postgrad.sections import (
+    AdapterConfig,
+    DialConfig,
+    FullConfig,
+    LoraConfig,
+    PromptSearchConfig,
+    Section,
+    ShotKinds,
+    Shots,
+)
 from postgrad.strict_yaml import apply_overrides, dump_yaml, key_lines, parse_yaml
 
 __all__ = [
@@ -35,6 +44,7 @@ __all__ = [
     "GatesConfig",
     "LoraConfig",
     "ModelConfig",
+    "PromptSearchConfig",
     "Recipe",
     "ScorerName",
     "Section",
@@ -144,9 +154,11 @@ class TrainConfig(Section):
     """Passes over the training rows, at most (early stopping may end sooner)."""
     max_steps: PositiveInt | None = None
     """Optimizer steps, at most; overrides num_train_epochs when smaller."""
-    learning_rate: PositiveFloat | Auto = "auto"
+    learning_rate: PositiveFloat | Literal["auto", "probe"] = "auto"
     """Peak learning rate. auto = 1e-3 below 4B parameters and 3e-4 above for LoRA; 1e-5 up to 3B
-    and 5e-6 above for full tuning (medians over 35 models; Tulu 3 for full tuning)."""
+    and 5e-6 above for full tuning (medians over 35 models; Tulu 3 for full tuning). probe = the
+    first tenth of the steps (at least 20) is tried with a third, once and three times that rate;
+    the smallest that no other beats by a standard error on the held-out rows is taken."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
     """Shape after the warm-up. Linear to zero and cosine are equal in practice
     (arXiv 2412.13337)."""
@@ -247,16 +259,19 @@ class EvaluateConfig(Section):
     """How an answer is compared with the reference."""
     pattern: str | None = None
     """Regular expression for the `regex` scorer: its first group (or whole match) is compared."""
-    fewshot: tuple[Annotated[int, Field(ge=0)], ...] = (0, 8)
+    fewshot: tuple[Shots, ...] = (0, 8)
     """Numbers of examples in the prompt for the base model; from TRAIN only."""
-    fewshot_examples: Annotated[tuple[Literal["static", "retrieved"], ...], Field(min_length=1)] = (
-        "static",
-        "retrieved",
-    )
+    fewshot_examples: ShotKinds = ("static", "retrieved")
     """Which examples: `static` are a seeded draw, the same for every request, and computed once;
     `retrieved` are for each request the rows of TRAIN with most words in common (BM25), the nearest
-    last. Both by default: retrieved examples usually make the stronger rival, which the verdict
-    has to face; they share no beginning, so that the whole prompt is computed for every request."""
+    last; `embedded` are those nearest in meaning to the base model itself (cosine of its mean last
+    hidden states). Nearest examples usually make the stronger rival, which the verdict has to face;
+    they share no beginning, so that the whole prompt is computed for every request."""
+    prompt_search: PromptSearchConfig | None = None
+    """Prompts to try on validation rows; the best becomes the arm base/best-prompt. null = none."""
+    learning_curve: tuple[Fraction, ...] = ()
+    """Shares of the training rows on which `run` trains again, [0.25, 0.5], to see whether more
+    rows would help; each costs its share of a training."""
     limit: PositiveInt | None = 300
     """Test rows (a seeded sample); null = all."""
     max_new_tokens: PositiveInt | Auto = "auto"
@@ -339,10 +354,17 @@ class Recipe(Section):
                 f"evaluate.gates.target is {evaluate.gates.target!r}; write '>= few-shot', "
                 "'>= few-shot - 2', '> few-shot' or '>= 0.80'"
             )
-        if evaluate.gates.target and not target["value"] and not any(evaluate.fewshot):
+        search = evaluate.prompt_search
+        for name in ("fewshot", "examples", "systems") if search else ():
+            values = getattr(search, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"evaluate.prompt_search.{name} names the same value twice")
+        if len(set(evaluate.learning_curve)) < len(evaluate.learning_curve):
+            raise ValueError("evaluate.learning_curve names the same share twice")
+        if evaluate.gates.target and not target["value"] and not (any(evaluate.fewshot) or search):
             raise ValueError(
                 "evaluate.gates.target speaks of few-shot prompting, but evaluate.fewshot has no "
-                "number above 0"
+                "number above 0 and there is no evaluate.prompt_search"
             )
         if evaluate.dial:
             _check_dial(evaluate.dial, evaluate.retention, self.train.save_total_limit)

@@ -46,7 +46,9 @@ def result_text(document: Mapping[str, Any]) -> str:
     parts.append(frontiers_text(document.get("frontiers") or ()))
     parts.append(seeds_text(document.get("seeds") or ()))
     parts.append(references_text(document.get("references") or ()))
+    parts.append(prompt_search_text(document.get("prompt_search") or {}))
     parts.append(costs_text(document.get("costs") or {}))
+    parts.append(learning_curve_text(document.get("learning_curve") or {}))
     parts.append(training_text(document.get("train") or {}))
     parts.append(checks_text(document.get("checks") or ()))
     plan = document.get("estimate") or document.get("plan") or {}
@@ -236,6 +238,38 @@ def costs_text(costs: Mapping[str, Any]) -> str:
     ]
     heads = ["a request of", "prompt tokens", "answer tokens", "seconds", "median", "n"]
     return "\n".join([table(heads, rows), *(found["finding"] for found in costs["break_even"])])
+
+
+def prompt_search_text(search: Mapping[str, Any]) -> str:
+    """Return how many prompts were tried, in which time, and which was best."""
+    if not search:
+        return ""
+    (best,) = (found for found in search["variants"] if found["name"] == search["best"])
+    trained = search["training_seconds"]
+    beside = "" if trained is None else f"; the training took {duration(trained)}"
+    return (
+        f"prompt search: {len(search['variants'])} of {search['planned']} prompts tried on "
+        f"{best['n']:,} validation rows in {duration(search['seconds'])}, the best is "
+        f"{best['name']} with {_percent(best['value'])}{beside}"
+    )
+
+
+def learning_curve_text(curve: Mapping[str, Any]) -> str:
+    """Return the score on each share of the rows, and what the last rows bought."""
+    if not curve:
+        return ""
+    rows = [
+        [
+            f"{100 * s['share']:g} %",
+            f"{s['rows']:,}",
+            _percent(s["value"]),
+            f"[{_percent(s['low'])}, {_percent(s['high'])}]",
+            f"{s['n']:,}",
+        ]
+        for s in curve["shares"]
+    ]
+    heads = ["trained on", "rows", "value", "interval", "n"]
+    return f"{table(heads, rows)}\n{curve['finding']}"
 
 
 def training_text(train: Mapping[str, Any]) -> str:

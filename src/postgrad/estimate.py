@@ -163,6 +163,11 @@ class Amount:
     pairs: int
     """Pairs of a token and one that it attends to: n (n + 1) / 2 for a document of n tokens."""
 
+    def __add__(self, other: "Amount") -> "Amount":
+        """Return both sets of documents together."""
+        pairs = self.pairs + other.pairs
+        return Amount(self.tokens + other.tokens, self.supervised + other.supervised, pairs)
+
     def __mul__(self, factor: float) -> "Amount":
         """Return the same documents `factor` times."""
         values = (self.tokens, self.supervised, self.pairs)

@@ -162,6 +162,10 @@ class Run:
         """Folder of the runs of each seed, when there are several: a run directory each."""
         return self.path / "seeds"
 
+    def inside(self, *names: str) -> "Run":
+        """Return a run inside this one: shares/PERCENT, learning-rate/RATE."""
+        return Run(self.path.joinpath(*names))
+
     @property
     def report_path(self) -> Path:
         """report.html."""
@@ -195,8 +199,7 @@ class Run:
     @property
     def config(self) -> Recipe:
         """The resolved recipe when resolution has happened, else the recipe as given."""
-        path = self.config_path
-        return _read_recipe(path if path.exists() else self.recipe_path)
+        return _read_recipe(self.config_path if self.config_path.exists() else self.recipe_path)
 
     def update(self, **fields: Any) -> None:
         """Merge fields into run.json."""
@@ -248,8 +251,7 @@ class Run:
 
     def rewind_metrics(self, step: int) -> None:
         """Keep the lines up to `step`: what came after it will be computed again."""
-        kept = [line for line in self.read_metrics() if line["step"] <= step]
-        self.write_jsonl(self.metrics_path, kept)
+        self.write_jsonl(self.metrics_path, [m for m in self.read_metrics() if m["step"] <= step])
 
     def _append(self, path: Path, line: Mapping[str, Any]) -> None:
         text = json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
@@ -402,8 +404,10 @@ def find_resumable(
             return None
         run = Run(out)
         if run.record["recipe_hash"] != recipe.hash():
+            differs = run.recipe.differences(recipe).items()
+            said = (f"{key}: {there!r} there, {here!r} here" for key, (there, here) in differs)
             raise RunError(
-                f"{out} belongs to another recipe ({_difference(run.recipe, recipe)})",
+                f"{out} belongs to another recipe ({next(said, 'different hash')})",
                 "resume with the recipe it was started with, or use another --out",
             )
         if (run.record["verb"] == "seeds") != (verb == "seeds"):
@@ -471,12 +475,6 @@ def _cut_unfinished_line(file: IO[bytes]) -> None:
         return
     file.seek(0)
     file.truncate(file.read().rfind(b"\n") + 1)
-
-
-def _difference(a: Recipe, b: Recipe) -> str:
-    for key, (left, right) in a.differences(b).items():
-        return f"{key}: {left!r} there, {right!r} here"
-    return "different hash"
 
 
 def _read_recipe(path: Path) -> Recipe:

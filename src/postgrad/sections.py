@@ -102,3 +102,27 @@ class DialConfig(Section):
         if not self.lambdas and not self.checkpoints:
             return "evaluate.dial has neither lambdas nor checkpoints to measure"
         return None
+
+
+Shots = Annotated[int, Field(ge=0)]
+ShotKinds = Annotated[tuple[Literal["static", "retrieved", "embedded"], ...], Field(min_length=1)]
+
+
+class PromptSearchConfig(Section):
+    """Prompts tried on validation rows, so that prompting is tuned as the model is."""
+
+    fewshot: Annotated[tuple[Shots, ...], Field(min_length=1)] = (0, 4, 8)
+    """Numbers of examples tried; from TRAIN only."""
+    examples: ShotKinds = ("static", "retrieved", "embedded")
+    """Kinds of examples tried, see evaluate.fewshot_examples."""
+    draws: PositiveInt = 3
+    """Draws of `static` examples tried for each number."""
+    systems: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """System prompts tried in place of the rows' own, which are always tried too."""
+    rows: PositiveInt | None = 100
+    """Validation rows that each variant answers (a seeded sample); null = all."""
+    minutes: PositiveFloat | Literal["auto"] | None = "auto"
+    """No variant is begun after so many minutes. auto = as many as the training took, or no limit
+    where nothing was trained; null = no limit."""
+    max_variants: PositiveInt | None = None
+    """Variants tried at most, the first of a seeded order; null = all."""

@@ -55,11 +55,14 @@ def run_seeds(recipe: Recipe, count: int, options: Options) -> dict[str, Any]:
     with _open(recipe, "seeds", options) as parent:
         members: list[Run] = []
         for seed in range(recipe.seed, recipe.seed + count):
+            own = recipe.with_seed(seed)
+            if members:  # one learning curve is enough
+                settings = own.evaluate.model_copy(update={"learning_curve": ()})
+                own = own.model_copy(update={"evaluate": settings})
             member = Run(parent.seeds / str(seed))
-            begun = member.record_path.exists()
-            if not begun or member.record["status"] != "done":
-                inside = replace(options, out=member.path, resume=begun)
-                with _open(recipe.with_seed(seed), "run", inside) as member:
+            if not _is_done(member):
+                inside = _inside(options, member)
+                with _open(own, "run", inside):
                     if members:
                         reuse_base_evidence(members[0], member)
                     _whole(member, inside)
@@ -83,7 +86,13 @@ def evaluate(target: Recipe | Run, options: Options) -> dict[str, Any]:
         _refuse_seeds(target)
         with target.lock():
             _evaluate(target, read_dataset(target), options)
+            _learning_curve(target, options)
             return _finish(target, options)
+    if target.evaluate.learning_curve:
+        raise ConfigError(
+            "evaluate.learning_curve trains on shares of the rows, and here nothing is trained",
+            "use `postgrad run`, or add evaluate.learning_curve=[]",
+        )
     with _open(target, "evaluate", options) as run:
         _evaluate(run, _data(run, options), options)
         return _finish(run, options)
@@ -248,10 +257,13 @@ def document(run: Run) -> dict[str, Any]:
         "comparisons": measured["comparisons"],
         "references": measured["references"],
         "costs": measured.get("costs", {}),
+        "prompt_search": measured.get("prompt_search"),
+        "learning_curve": measured.get("learning_curve"),
         "seeds": measured.get("seeds", []),
         "retention": measured["retention"],
         "dial": measured.get("dial"),
         "train": record.get("train"),
+        "learning_rate_probe": record.get("learning_rate_probe"),
         "seconds": record.get("seconds", {}),
         "report": str(run.report_path) if run.report_path.exists() else None,
     }
@@ -274,6 +286,15 @@ def _open(recipe: Recipe, verb: str, options: Options) -> Iterator[Run]:
             raise
 
 
+def _is_done(run: Run) -> bool:
+    return run.record_path.exists() and run.record["status"] == "done"
+
+
+def _inside(options: Options, member: Run) -> Options:
+    """Return the options of a run inside another one, new or begun."""
+    return replace(options, out=member.path, resume=member.record_path.exists())
+
+
 @contextlib.contextmanager
 def _timed(run: Run, stage: str, options: Options) -> Iterator[None]:
     options.show.stage(stage)
@@ -288,6 +309,7 @@ def _whole(run: Run, options: Options) -> dict[str, Any]:
     dataset = _data(run, options)
     _train(run, dataset, options)
     _evaluate(run, dataset, options)
+    _learning_curve(run, options)
     return _finish(run, options)
 
 
@@ -303,6 +325,7 @@ def _data(run: Run, options: Options) -> Dataset:
 def _train(run: Run, dataset: Dataset, options: Options) -> None:
     """Pre-flight, the loop, the best weights, the export; does nothing when that is all done."""
     from postgrad.train.preflight import may_pack, refuse, write_checks
+    from postgrad.train.rate_probe import probe_learning_rate
     from postgrad.train.replay import add_own_answers
     from postgrad.train.session import open_session
     from postgrad.train.workflow import export_model, train_model
@@ -318,6 +341,10 @@ def _train(run: Run, dataset: Dataset, options: Options) -> None:
         run.add_dropped(asdict(row) for row in session.dropped)
         refuse(checks)
         packed = may_pack(checks)
+    if session.recipe.train.learning_rate == "probe":
+        with _timed(run, "learning_rate_probe", options):
+            session = probe_learning_rate(session, run, packed, options.show)
+            run.write_text(run.config_path, session.recipe.to_yaml())
     with _timed(run, "train", options):
         facts = train_model(session, run, packed, options.show)
         merge = export_model(session, run, packed)
@@ -358,6 +385,25 @@ def _evaluate(run: Run, dataset: Dataset, options: Options) -> None:
 
     with _timed(run, "evaluate", options):
         evaluate_run(run, dataset, options.show)
+
+
+def _learning_curve(run: Run, options: Options) -> None:
+    """Train on each share of the rows that is not done, in runs inside this one; measure them."""
+    from postgrad.evaluate.learning_curve import measure_curve, share_recipe
+    from postgrad.evaluate.workflow import answer_limit
+
+    shares = run.recipe.evaluate.learning_curve
+    if not shares or "train" not in run.record:
+        return
+    members = [(share, run.inside("shares", f"{100 * share:g}")) for share in sorted(shares)]
+    with _timed(run, "learning_curve", options):
+        for share, member in members:
+            if not _is_done(member):
+                inside = _inside(options, member)
+                limit = answer_limit(run, read_dataset(run))
+                with _open(share_recipe(run, share, limit), "run", inside):
+                    _whole(member, inside)
+        options.show.note(f"learning curve: {measure_curve(run, members).finding}")
 
 
 def _judge(run: Run, options: Options) -> None:

@@ -270,7 +270,8 @@ class Measurement:
     task: str
     metric: str
     arm: str
-    """`base/zero-shot`, `base/few-shot-K`, `base/few-shot-K-retrieved` or `tuned`."""
+    """`base/zero-shot`, `base/few-shot-K` (also `-retrieved`, `-embedded`), `base/best-prompt` or
+    `tuned`."""
     value: float
     low: float
     high: float

@@ -8,17 +8,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from postgrad.data.render import Renderer
-from postgrad.errors import ConfigError
+from postgrad.evaluate.fewshot import ExampleFinder, choose_shots, with_shots
 from postgrad.evaluate.runner import (
     called_tools,
     check_references,
-    choose_shots,
     reference,
     resolve_max_new_tokens,
-    retrieve_shots,
     run_arm,
     sample_test,
-    with_shots,
 )
 from postgrad.progress import LineDisplay
 from postgrad.types import Conversation, Example, Message, Split, StopReason, ToolCall, content_id
@@ -92,15 +89,6 @@ def test_a_right_answer_passes(model, renderer, tokenizer):
     assert not said.scores["exact_match"].passed
 
 
-def test_shots_are_earlier_turns_after_the_system_message():
-    test = example("what", "yes", system="be brief")
-    asked = with_shots(test.conversation.prompt, rows(Split.TRAIN, 2, system="be long"))
-    assert [m.role for m in asked.messages] == ["system", *["user", "assistant"] * 2, "user"]
-    assert asked.messages[0].content == "be brief"
-    assert asked.messages[-1].content == "what"
-    assert with_shots(test.conversation.prompt, ()) == test.conversation.prompt
-
-
 def test_shots_reach_the_model(model, renderer, tokenizer):
     shots = [TRAIN[n : n + 3] for n in range(len(TEST))]
     found = arm(model, renderer, tokenizer, TEST, shots=shots)
@@ -109,40 +97,22 @@ def test_shots_reach_the_model(model, renderer, tokenizer):
         assert evidence.prompt_tokens == len(asked)
 
 
+def test_another_system_prompt_reaches_the_model(model, renderer, tokenizer):
+    found = arm(model, renderer, tokenizer, TEST, system="be brief")
+    for row, evidence in zip(TEST, found, strict=True):
+        messages = (Message("system", "be brief"), *row.conversation.prompt.messages)
+        assert evidence.prompt_tokens == len(renderer.prompt_ids(Conversation(messages)))
+
+
 @pytest.mark.parametrize("split", [Split.VALIDATION, Split.TEST, Split.RETENTION, None])
 def test_shots_come_from_train_only(model, renderer, tokenizer, split):
     foreign = [*TRAIN, example("leak", "yes", split)]
     with pytest.raises(AssertionError, match="TRAIN"):
         choose_shots(foreign, 2, seed=1)
     with pytest.raises(AssertionError, match="TRAIN"):
-        retrieve_shots(foreign, TEST, 2)
+        ExampleFinder(foreign, None, 1)
     with pytest.raises(AssertionError, match="TRAIN"):
         arm(model, renderer, tokenizer, TEST, shots=[foreign[-1:]] * len(TEST))
-
-
-def test_shots_are_seeded_and_distinct():
-    assert choose_shots(TRAIN, 4, seed=1) == choose_shots(TRAIN, 4, seed=1)
-    assert len({choose_shots(TRAIN, 4, seed=seed) for seed in range(5)}) > 1
-    assert len({shot.id for shot in choose_shots(TRAIN, 12, seed=1)}) == 12
-    assert choose_shots((), 0, seed=1) == ()
-    with pytest.raises(ConfigError, match="13 examples"):
-        choose_shots(TRAIN, 13, seed=1)
-
-
-def test_retrieved_shots_are_the_nearest_of_each_request_the_nearest_last():
-    train = [
-        example(text, "x", Split.TRAIN)
-        for text in ("red apple pie", "blue sea", "red apple tree in the garden", "grey sky")
-    ]
-    tests = [example("a red apple in the garden", "tree"), example("the blue sea today", "sea")]
-    found = retrieve_shots(train, tests, 2)
-    assert found[0] == (train[0], train[2])
-    assert found[1][-1] == train[1]
-    assert retrieve_shots(train, tests, 0) == [(), ()]
-    other = [example("a red apple in the garden", "grey sky"), tests[1]]
-    assert retrieve_shots(train, other, 2) == found
-    with pytest.raises(ConfigError, match="5 examples"):
-        retrieve_shots(train, tests, 5)
 
 
 def test_sample_keeps_the_order_and_all_rows_when_there_are_few():

@@ -10,7 +10,10 @@ from postgrad.config import Recipe, parse_recipe
 from postgrad.evaluate.compare import compare, measure
 from postgrad.evaluate.cost import measure_costs
 from postgrad.evaluate.evidence import write_evidence
-from postgrad.run import Run, create_run, write_atomic
+from postgrad.evaluate.learning_curve import LearningCurve, Share, finding
+from postgrad.evaluate.prompt_search import PromptSearch, Tried
+from postgrad.run import Run, create_run, read_json, write_atomic
+from postgrad.train.plan import TriedRate
 from postgrad.types import (
     Check,
     Dropped,
@@ -260,3 +263,34 @@ def build_run(
     write_training(run)
     write_evaluation(run, answered(shares or SHARES, n))
     return run
+
+
+def add_rivals(run: Run) -> None:
+    """Add a prompt search, a learning curve and a probed learning rate to a finished run."""
+    tried = [
+        Tried(
+            "few-shot-8-retrieved", 8, "retrieved", 0, None, 0.55, 0.45, 0.64, 100, 540.0, 61.0, "a"
+        ),
+        Tried("few-shot-8-draw-1", 8, "static", 1, None, 0.2, 0.13, 0.29, 100, 542.0, 22.5, "b"),
+        Tried("zero-shot-system-1", 0, "static", 0, "Name <it>.", 0.1, 0.05, 0.17, 100, 72, 8, "c"),
+        Tried("few-shot-4-embedded", 4, "embedded", 0, None, 0.6, 0.5, 0.69, 100, 300.0, 44.0, "d"),
+    ]
+    search = PromptSearch("few-shot-4-embedded", 11, 135.5, 371.0, 371.0, tuple(tried))
+    shares = [
+        Share(0.25, 750, 0.62, 0.56, 0.67, 300, 42, 95.0, "e"),
+        Share(0.5, 1500, 0.79, 0.74, 0.83, 300, 83, 188.0, "f"),
+        Share(1.0, 3000, 0.86, 0.82, 0.9, 300, 160, 371.0, "g"),
+    ]
+    rows = evidence("tuned", 0.79, 300, seed=2), evidence("tuned", 0.86, 300, seed=1)
+    c = compare(*rows, TASK, "exact_match", "tuned on 50% of the rows", "tuned")
+    curve = LearningCurve(tuple(shares), c, finding(shares[1], shares[2], c, 0.95))
+    tree = read_json(run.measurements_path)
+    tree |= {"prompt_search": asdict(search), "learning_curve": asdict(curve)}
+    run.write_json(run.measurements_path, tree)
+    probed = [
+        TriedRate(1e-3 / 3, 0.61, 0.2, 0.03),
+        TriedRate(1e-3, 0.41, 0.0, 0.0),
+        TriedRate(3e-3, None, problem="the loss is not finite"),
+    ]
+    probe = {"chosen": 1e-3, "auto": 1e-3, "steps": 20, "rows": 300, "seconds": 120.0}
+    run.update(learning_rate_probe={**probe, "tried": [asdict(t) for t in probed]})

@@ -1,6 +1,8 @@
 """The cost section: table, break-even against the best prompt, and what is said without figures."""
 
 import dataclasses
+import re
+from xml.etree import ElementTree
 
 from report_runs import build_run
 
@@ -25,6 +27,28 @@ def test_it_shows_what_each_arm_takes_and_when_tuning_is_cheaper_than_the_best_p
     assert shown in page(report)
     write_model_card(run)
     assert "after 928 requests tuning is cheaper" in run.card_path.read_text(encoding="utf-8")
+
+
+def test_the_picture_starts_at_the_training_and_crosses_at_the_break_even(tmp_path):
+    run = build_run(tmp_path / "run", shares={**SHARES, "tuned": 0.9})
+    shown = costs_section(collect(run))
+    wide = ElementTree.fromstring(re.search(r"<svg.*?</svg>", shown, re.S)[0])
+    lines = [e.get("points").split() for e in wide.iter("polyline")]
+    assert len(lines) == 4
+    *prompting, tuned = [[tuple(map(float, p.split(","))) for p in line] for line in lines]
+    assert all(line[0][1] > tuned[0][1] for line in prompting)
+    ring = next(e for e in wide.iter("circle") if e.get("class") == "ring")
+    x = float(ring.get("cx"))
+    assert abs(x - (tuned[0][0] + tuned[1][0]) / 2) < 1
+    for line in (tuned, prompting[2]):
+        assert abs(float(ring.get("cy")) - (line[0][1] + line[1][1]) / 2) < 1
+    said = ["".join(e.itertext()) for e in wide.iter("text")]
+    assert {"928 requests", "requests", "Tuned model"} <= set(said)
+    ends = [e for e in wide.iter("text") if e.get("class") in ("note base", "note tuned")]
+    places = [float(e.get("y")) for e in ends]
+    assert len(places) == 4
+    assert min(abs(a - b) for a in places for b in places if a != b) >= 12
+    assert "Minutes of machine time" in shown
 
 
 def test_what_was_not_measured_is_said_to_be_so(tmp_path):

@@ -149,7 +149,7 @@ def test_ids_are_unique_and_labels_point_to_inputs(finished):
 def test_all_drawings_are_xml_with_title_and_description(finished):
     source = write_report(finished).read_text(encoding="utf-8")
     drawings = re.findall(r"<svg.*?</svg>", source, flags=re.S)
-    assert len(drawings) == 8
+    assert len(drawings) == 10
     for drawing in drawings:
         root = ElementTree.fromstring(drawing)
         assert root.find("title").text

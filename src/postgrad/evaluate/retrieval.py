@@ -1,4 +1,4 @@
-"""BM25: the training rows whose words are most like a request's, for the examples in its prompt.
+"""The training rows that are most like a request, for its prompt: by words (BM25), by vectors.
 
 Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond" (2009), with the
 inverse document frequency that Lucene uses, which is never negative. Words are enough here: test
@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+
+from postgrad.types import FloatArray
 
 SATURATION = 1.2
 """k1: how soon more occurrences of a word stop to count."""
@@ -62,3 +64,25 @@ class Bm25:
         """Return the places of the `count` best texts, the best first; of equals the earlier."""
         order = np.argsort(-self.scores(query), kind="stable")[:count]
         return [int(number) for number in order]
+
+
+def nearest_rows(index: FloatArray, queries: FloatArray, count: int) -> list[list[int]]:
+    """Return for each query the places of the `count` rows of `index` with the largest cosine.
+
+    Index [rows, H] and queries [queries, H] -> best first; of equals the earlier. Each dimension is
+    standardised over the index first: a few of a model's dimensions are so large that they would
+    decide alone (Timkey and van Schijndel 2021, arXiv 2109.04404).
+    """
+    centre, spread = index.mean(0), index.std(0)
+    spread = np.where(spread > 0, spread, 1)
+    rows, asked = _unit((index - centre) / spread), _unit((queries - centre) / spread)
+    return [
+        [int(number) for number in np.argsort(-(rows @ query), kind="stable")[:count]]
+        for query in asked
+    ]
+
+
+def _unit(vectors: FloatArray) -> FloatArray:
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit: FloatArray = (vectors / np.where(lengths > 0, lengths, 1)).astype(np.float32)
+    return unit

@@ -5,15 +5,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from postgrad.data.render import Renderer
-from postgrad.errors import ConfigError, DataError
-from postgrad.evaluate.retrieval import Bm25
+from postgrad.errors import DataError
+from postgrad.evaluate.fewshot import draw, question, require_train, with_shots, with_system
 from postgrad.model.generate import generate
 from postgrad.progress import Display, SilentDisplay
 from postgrad.scoring import reference_problem, score
-from postgrad.types import Check, Completion, Conversation, Evidence, Example, Message, Score, Split
+from postgrad.types import Check, Completion, Conversation, Evidence, Example, Message, Score
 
 SPARE = 1.25
 """An answer may be this much longer than the longest one in TRAIN."""
@@ -22,53 +20,7 @@ SHORTEST_LIMIT = 8
 
 def sample_test(examples: Sequence[Example], limit: int | None, seed: int) -> tuple[Example, ...]:
     """Return `limit` rows drawn with `seed`, in their original order; all when there are fewer."""
-    return _draw(examples, limit, seed) if limit is not None else tuple(examples)
-
-
-def choose_shots(train: Sequence[Example], count: int, seed: int) -> tuple[Example, ...]:
-    """Return `count` examples for the prompt: a simple seeded sample of TRAIN, and of TRAIN only.
-
-    Raises ConfigError when there are fewer rows than asked for.
-    """
-    _require_enough(train, count)
-    return _draw(train, count, seed)
-
-
-def retrieve_shots(
-    train: Sequence[Example], tests: Sequence[Example], count: int
-) -> list[tuple[Example, ...]]:
-    """Return for each test row the `count` rows of TRAIN whose requests share most of its words.
-
-    The nearest comes last, beside the request. Only the request is looked at, never the reference.
-
-    Raises ConfigError when there are fewer rows than asked for.
-    """
-    _require_enough(train, count)
-    index = Bm25([question(example) for example in train])
-    found = (index.nearest(question(test), count) for test in tests)
-    return [tuple(train[place] for place in reversed(places)) for places in found]
-
-
-def _require_enough(train: Sequence[Example], count: int) -> None:
-    _require_train(train)
-    if count > len(train):
-        raise ConfigError(
-            f"evaluate.fewshot asks for {count} examples, TRAIN has {len(train)} rows",
-            "ask for fewer",
-        )
-
-
-def _require_train(examples: Sequence[Example]) -> None:
-    """Examples in a prompt from any other split would leak answers into the measurement."""
-    assert all(example.split is Split.TRAIN for example in examples), "examples come from TRAIN"
-
-
-def _draw(examples: Sequence[Example], count: int, seed: int) -> tuple[Example, ...]:
-    if count >= len(examples):
-        return tuple(examples)
-    generator = np.random.default_rng(seed)
-    chosen = generator.choice(len(examples), count, replace=False)
-    return tuple(examples[index] for index in sorted(chosen.tolist()))
+    return draw(examples, limit, seed) if limit is not None else tuple(examples)
 
 
 def check_references(examples: Sequence[Example], scorer: str, pattern: str | None = None) -> Check:
@@ -103,18 +55,6 @@ def resolve_max_new_tokens(
         if rendering.answers:
             longest = max(longest, rendering.answers[-1].end - rendering.answers[-1].first)
     return max(SHORTEST_LIMIT, min(max_length, math.ceil(longest * SPARE)))
-
-
-def with_shots(prompt: Conversation, shots: Sequence[Example]) -> Conversation:
-    """Put examples between the system message and the request, as earlier turns."""
-    turns = [
-        message
-        for shot in shots
-        for message in shot.conversation.messages
-        if message.role != "system"
-    ]
-    head = [message for message in prompt.messages[:1] if message.role == "system"]
-    return Conversation((*head, *turns, *prompt.messages[len(head) :]), prompt.tools)
 
 
 def reference(conversation: Conversation) -> str:
@@ -159,6 +99,7 @@ def run_arm(
     *,
     arm: str,
     shots: Sequence[Sequence[Example]] | None = None,
+    system: str | None = None,
     scorer: str,
     pattern: str | None = None,
     max_new_tokens: int,
@@ -168,17 +109,20 @@ def run_arm(
     """Generate an answer to every example and score it; evidence comes in the examples' order.
 
     The model sees exactly `renderer.prompt_ids(conversation.prompt)`, with the row's own `shots` as
-    earlier turns. A request that the chat template refuses, or that leaves no room for the answer
-    in the model's context, is recorded as an error and scores 0.
+    earlier turns and, if given, `system` in place of its system prompt. A request that the chat
+    template refuses, or that leaves no room for the answer in the model's context, is recorded as
+    an error and scores 0.
     """
     shots = [()] * len(examples) if shots is None else shots
     for chosen in shots:
-        _require_train(chosen)
+        require_train(chosen)
     display = display or SilentDisplay()
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     room = context - max_new_tokens if context else math.inf
     prompts = [
-        _prompt(renderer, example, chosen, room)
+        _prompt(
+            renderer, with_shots(with_system(example.conversation.prompt, system), chosen), room
+        )
         for example, chosen in zip(examples, shots, strict=True)
     ]
     fitting = [n for n, (_, problem) in enumerate(prompts) if problem is None]
@@ -207,12 +151,10 @@ def run_arm(
     ]
 
 
-def _prompt(
-    renderer: Renderer, example: Example, shots: Sequence[Example], room: float
-) -> tuple[list[int], str | None]:
+def _prompt(renderer: Renderer, asked: Conversation, room: float) -> tuple[list[int], str | None]:
     """Return the tokens of the request and why it cannot be asked, None when it can."""
     try:
-        ids = renderer.prompt_ids(with_shots(example.conversation.prompt, shots))
+        ids = renderer.prompt_ids(asked)
     except DataError as error:
         return [], error.message
     if not ids:
@@ -220,12 +162,6 @@ def _prompt(
     if len(ids) > room:
         return ids, f"the request of {len(ids)} tokens and the answer exceed the model's context"
     return ids, None
-
-
-def question(example: Example) -> str:
-    """Return the last user message: what evidence shows and a linear model gets to see."""
-    users = [m.content for m in example.conversation.messages if m.role == "user"]
-    return users[-1] if users else ""
 
 
 def _failure(example: Example, problem: str, prompt_tokens: int, scorer: str) -> Evidence:

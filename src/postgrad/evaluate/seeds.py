@@ -52,6 +52,10 @@ def combine(parent: Run, members: Sequence[Run]) -> dict[str, Any]:
     first, own = trees[0], members[0].path.relative_to(parent.path)
     document = {**first, "measurements": [], "comparisons": [], "seeds": []}
     document.pop("dial", None)  # each seed has chosen its own point
+    for entry, key in (("prompt_search", "variants"), ("learning_curve", "shares")):
+        if first.get(entry):
+            inside = [{**row, "evidence": f"{own}/{row['evidence']}"} for row in first[entry][key]]
+            document[entry] = {**first[entry], key: inside}
     for m in first["measurements"]:
         if not is_row_mean(m["metric"]) or m["arm"] == DIALLED:
             continue

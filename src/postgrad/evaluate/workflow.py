@@ -1,7 +1,7 @@
 """All arms of an evaluation on the same test rows: base with K examples, then the tuned model."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,20 +13,16 @@ from postgrad.evaluate import compare
 from postgrad.evaluate.benchmarks import load_benchmarks
 from postgrad.evaluate.cost import measure_costs
 from postgrad.evaluate.dial import measure_dial
+from postgrad.evaluate.embedding import Embedder
 from postgrad.evaluate.evidence import read_evidence, write_evidence
+from postgrad.evaluate.fewshot import ExampleFinder, question
 from postgrad.evaluate.frontier import to_tree
 from postgrad.evaluate.gates import DIALLED, TUNED
 from postgrad.evaluate.linear import linear_floor
 from postgrad.evaluate.models import Models
+from postgrad.evaluate.prompt_search import BEST, Ask, Variant, search_outcome, search_prompts
 from postgrad.evaluate.retention import measure_retention
-from postgrad.evaluate.runner import (
-    choose_shots,
-    question,
-    resolve_max_new_tokens,
-    retrieve_shots,
-    run_arm,
-    sample_test,
-)
+from postgrad.evaluate.runner import resolve_max_new_tokens, run_arm, sample_test
 from postgrad.progress import Display
 from postgrad.run import Run
 from postgrad.types import Comparison, Evidence, Example, Measurement, Split
@@ -35,8 +31,8 @@ from postgrad.types import Comparison, Evidence, Example, Measurement, Split
 def base_arm(shots: int, kind: str = "static") -> str:
     """Return the name of a prompting arm.
 
-    >>> base_arm(0), base_arm(8), base_arm(8, "retrieved")
-    ('base/zero-shot', 'base/few-shot-8', 'base/few-shot-8-retrieved')
+    >>> base_arm(0), base_arm(8), base_arm(8, "retrieved"), base_arm(4, "embedded")
+    ('base/zero-shot', 'base/few-shot-8', 'base/few-shot-8-retrieved', 'base/few-shot-4-embedded')
     """
     if not shots:
         return "base/zero-shot"
@@ -65,7 +61,7 @@ def evaluate_run(run: Run, dataset: Dataset, display: Display) -> dict[str, Any]
         torch.set_num_threads(recipe.train.threads)
     models = Models(run, recipe)
     benchmarks = load_benchmarks(recipe)
-    arms = list(base_arms(recipe.evaluate))
+    arms = [*base_arms(recipe.evaluate), *([BEST] if recipe.evaluate.prompt_search else [])]
     arms += [TUNED] if models.has_tuned else []
 
     def ask(
@@ -118,6 +114,9 @@ def evaluate_run(run: Run, dataset: Dataset, display: Display) -> dict[str, Any]
         "retention": list(retention.tasks),
         **({"dial": to_tree(dial)} if dial else {}),
     }
+    search = search_outcome(run, recipe)
+    if search is not None:
+        document["prompt_search"] = dataclasses.asdict(search)
     run.write_json(run.measurements_path, document)
     of_tuned = [c for c in comparisons if c.b == TUNED]
     run.update(verdict=_verdict(measurements, of_tuned, recipe.evaluate.confidence))
@@ -155,33 +154,68 @@ def _evidence(
     missing = [arm for arm in arms if arm not in found]
     if not missing:
         return found
-    train = dataset.of(Split.TRAIN)
-    limit = resolve_max_new_tokens(
-        recipe.evaluate.max_new_tokens, models.renderer, train, recipe.data.max_length
-    )
-    prompting = base_arms(recipe.evaluate)
+    ask = _asking(recipe, dataset, models, display)
+    prompting, search = base_arms(recipe.evaluate), recipe.evaluate.prompt_search
     for arm in missing:
-        count, kind = prompting.get(arm, (0, "static"))
-        if kind == "retrieved":
-            shots: Sequence[Sequence[Example]] = retrieve_shots(train, tests, count)
+        if arm == BEST and search:
+            held_out = sample_test(dataset.of(Split.VALIDATION), search.rows, recipe.data_seed)
+            best = search_prompts(run, recipe, held_out, ask, display)
+            found[arm] = _already(found, prompting, best) or ask(best, tests, arm)
         else:
-            shots = [choose_shots(train, count, recipe.data_seed)] * len(tests)
-        with models.arm(arm) as model:
-            found[arm] = run_arm(
+            count, kind = prompting.get(arm, (0, "static"))
+            found[arm] = ask(Variant(arm, count, kind, 0, None), tests, arm)
+        write_evidence(run, task, arm, found[arm])
+    return found
+
+
+def _already(
+    found: Mapping[str, list[Evidence]], prompting: Mapping[str, tuple[int, str]], best: Variant
+) -> list[Evidence] | None:
+    """Return the answers of an arm that prompts exactly as `best` does, when there is one."""
+    if best.system is not None or best.draw:
+        return None
+    same = [arm for arm, prompt in prompting.items() if prompt == (best.shots, best.kind)]
+    return found.get(same[0]) if same else None
+
+
+def _asking(recipe: Recipe, dataset: Dataset, models: Models, display: Display) -> Ask:
+    """Return what answers rows with a way of prompting; the arm `tuned` asks the tuned model."""
+    limit = _answer_limit(recipe, dataset, models)
+    embedder = Embedder(lambda: models.arm(BEST), lambda: models.base.tokenizer, display)
+    finder = ExampleFinder(dataset.of(Split.TRAIN), embedder, recipe.data_seed)
+
+    def ask(variant: Variant, rows: Sequence[Example], label: str) -> list[Evidence]:
+        shots = finder.find(variant.kind, variant.shots, rows, variant.draw)
+        with models.arm(variant.name) as model:
+            return run_arm(
                 model,
                 models.renderer,
                 models.base.tokenizer,
-                tests,
-                arm=arm,
+                rows,
+                arm=label,
                 shots=shots,
+                system=variant.system,
                 scorer=recipe.evaluate.scorer,
                 pattern=recipe.evaluate.pattern,
                 max_new_tokens=limit,
                 batch_tokens=recipe.evaluate.batch_tokens,
                 display=display,
             )
-        write_evidence(run, task, arm, found[arm])
-    return found
+
+    return ask
+
+
+def answer_limit(run: Run, dataset: Dataset) -> int:
+    """Return evaluate.max_new_tokens of a run; loads the model when that is `auto`."""
+    wanted = run.config.evaluate.max_new_tokens
+    if isinstance(wanted, int):
+        return wanted
+    return _answer_limit(run.config, dataset, Models(run, run.config))
+
+
+def _answer_limit(recipe: Recipe, dataset: Dataset, models: Models) -> int:
+    wanted, longest = recipe.evaluate.max_new_tokens, recipe.data.max_length
+    return resolve_max_new_tokens(wanted, models.renderer, dataset.of(Split.TRAIN), longest)
 
 
 def _references(recipe: Recipe, dataset: Dataset, tests: Sequence[Example]) -> list[dict[str, Any]]:

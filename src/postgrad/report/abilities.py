@@ -1,5 +1,6 @@
 """General abilities as the report tells them: what was asked, and the figures of both models."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from postgrad.types import Comparison, Measurement
@@ -28,6 +29,20 @@ class Retention:
     benchmarks: tuple[Benchmark, ...]
     measurements: tuple[Measurement, ...]
     comparisons: tuple[Comparison, ...]
+
+    @classmethod
+    def of(
+        cls,
+        benchmarks: Sequence[Benchmark],
+        measurements: Sequence[Measurement],
+        comparisons: Sequence[Comparison],
+    ) -> "Retention | None":
+        """Take what belongs to the benchmarks; None when there are none."""
+        tasks = {benchmark.task for benchmark in benchmarks}
+        if not tasks:
+            return None
+        own = tuple(m for m in measurements if m.task in tasks)
+        return cls(tuple(benchmarks), own, tuple(c for c in comparisons if c.task in tasks))
 
     def measured(self, benchmark: Benchmark, arm: str) -> Measurement | None:
         """Return the figure of one arm in the benchmark's first metric."""

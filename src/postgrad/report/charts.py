@@ -5,7 +5,7 @@ phone draws it twice and lets CSS choose (text in a scaled-down SVG would be too
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, floor, log10
 
@@ -43,6 +43,8 @@ class Line:
     style: str
     """CSS class."""
     dots: bool = False
+    label: str = ""
+    """Stands at its last point, in the colour of the line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,31 @@ class Mark:
     x: float
     y: float
     label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """An interval of the value at a point."""
+
+    x: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """What a line chart's axes stand for."""
+
+    x: str = "optimizer step"
+    start: float | None = None
+    """Where the x axis begins; None = at the first point."""
+    tick: Callable[[float], str] = lambda value: _tick(value)
+    """How a value is said beside the y axis."""
+    point: Callable[[float, float], str] = lambda x, y: f"step {count(x)}: {number(y)}"
+    """How a point is said where it is pointed at."""
+
+
+STEPS = Axes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,16 +215,17 @@ def _bar_label(m: Measurement, y: float, width: int) -> Html:
     style = "label base" if m.arm.startswith("base") else "label tuned"
     value = tag("tspan", percent(m.value), class_="value")
     within = tag("tspan", f"  {interval(m.low, m.high)}", class_="range")
-    name = text(_short_arm(m.arm, width), 0, y, style, "start")
+    name = text(short_arm(m.arm, width), 0, y, style, "start")
     return join([name, text(join([value, within]), width, y, "label", "end")])
 
 
-def _short_arm(arm: str, width: int) -> str:
+def short_arm(arm: str, width: int) -> str:
+    """Return the arm in words that fit a chart of this width."""
     name = arm_name(arm)
     if width > 500:
         return name
     short = name.removesuffix(" in the prompt").replace(" model,", ",")
-    return re.sub(r" nearest examples?$", " nearest", short)
+    return re.sub(r" nearest examples?( \(embedded\))?$", r" nearest\1", short)
 
 
 def _reference(reference: Reference, scale: Scale, y: float, bottom: float) -> Html:
@@ -302,25 +330,46 @@ def line_chart(
     name: str,
     levels: Sequence[Level] = (),
     marks: Sequence[Mark] = (),
+    spans: Sequence[Span] = (),
+    axes: Axes = STEPS,
 ) -> Html:
-    """Return a line chart over optimizer steps; the value axis starts at zero."""
+    """Return a line chart over optimizer steps, or what `axes` says; values start at zero."""
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points] + [item.value for item in levels]
+    ys += [span.high for span in spans]
+    first = min(xs) if axes.start is None else axes.start
     y_ticks = ticks(min(0.0, *ys), max(ys), 6 if height > 200 else 4)
-    x_ticks = [x for x in ticks(min(xs), max(xs), 7 if width > 500 else 5) if x <= max(xs)]
-    left = 12 + 7 * max(len(_tick(y)) for y in y_ticks)
-    x_scale = Scale(min(xs), max(max(xs), min(xs) + 1), left, width - 8)
+    x_ticks = [x for x in ticks(first, max(xs), 7 if width > 500 else 5) if x <= max(xs)]
+    left = 12 + 7 * max(len(axes.tick(y)) for y in y_ticks)
+    x_scale = Scale(first, max(max(xs), first + 1), left, width - 8)
     y_scale = Scale(y_ticks[0], y_ticks[-1], height - 40, 10)
-    parts = [_axes(x_ticks, y_ticks, x_scale, y_scale, width, height)]
+    parts = [_axes(x_ticks, y_ticks, x_scale, y_scale, width, height, axes)]
     for item in levels:
         y = y_scale(item.value)
         parts.append(tag("line", class_=f"level {item.style}", x1=left, x2=width - 8, y1=y, y2=y))
         parts.append(text(item.label, width - 10, y - 6, f"note {item.style}", "end"))
+    for span in spans:
+        x, low, high = x_scale(span.x), y_scale(span.low), y_scale(span.high)
+        ends = f"M{x},{low}V{high}M{x - 5},{low}h10M{x - 5},{high}h10"
+        parts.append(tag("path", class_="whisker", d=ends))
     for line in lines:
-        parts.append(_polyline(line, x_scale, y_scale))
+        parts.append(_polyline(line, x_scale, y_scale, axes))
+    parts += _line_labels(lines, x_scale, y_scale)
     for mark in marks:
         parts.append(_mark(mark, lines, x_scale, y_scale, width))
     return chart(name, width, height, title, description, parts)
+
+
+def _line_labels(lines: Sequence[Line], x_scale: Scale, y_scale: Scale) -> list[Html]:
+    """Return the labels of lines at their ends, from the bottom up, none on another."""
+    ends = [(y_scale(line.points[-1][1]), line) for line in lines if line.label]
+    parts, free = [], y_scale.start
+    for y, line in sorted(ends, key=lambda end: -end[0]):
+        free = min(free, y - 8)
+        x = x_scale(line.points[-1][0]) - 4
+        parts.append(text(line.label, x, round(free, 1), f"note {line.style}", "end"))
+        free -= 16
+    return parts
 
 
 def _axes(
@@ -330,16 +379,17 @@ def _axes(
     y_scale: Scale,
     width: int,
     height: int,
+    axes: Axes,
 ) -> Html:
     parts = []
     for value in y_ticks:
         y = y_scale(value)
         parts.append(tag("line", class_="grid", x1=x_scale.start, x2=width - 8, y1=y, y2=y))
-        parts.append(text(_tick(value), x_scale.start - 7, y + 4, "tick", "end"))
+        parts.append(text(axes.tick(value), x_scale.start - 7, y + 4, "tick", "end"))
     for value in x_ticks:
         anchor = "end" if x_scale(value) > width - 20 else "middle"
         parts.append(text(_tick(value), x_scale(value), height - 23, "tick", anchor))
-    parts.append(text("optimizer step", width - 8, height - 5, "tick", "end"))
+    parts.append(text(axes.x, width - 8, height - 5, "tick", "end"))
     return join(parts)
 
 
@@ -347,14 +397,14 @@ def _tick(value: float) -> str:
     return count(value) if abs(value) >= 1000 and value == round(value) else f"{value:g}"
 
 
-def _polyline(line: Line, x_scale: Scale, y_scale: Scale) -> Html:
+def _polyline(line: Line, x_scale: Scale, y_scale: Scale, axes: Axes) -> Html:
     pixels = [(x_scale(x), y_scale(y)) for x, y in line.points]
     parts = [
         tag("polyline", class_=f"line {line.style}", points=" ".join(f"{x},{y}" for x, y in pixels))
     ]
     if line.dots or len(pixels) == 1:
         for (x, y), (step, value) in zip(pixels, line.points, strict=True):
-            tip = tag("title", f"step {count(step)}: {number(value)}")
+            tip = tag("title", axes.point(step, value))
             parts.append(tag("circle", tip, class_=f"dot {line.style}", cx=x, cy=y, r=3.5))
     return join(parts)
 

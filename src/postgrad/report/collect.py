@@ -21,6 +21,8 @@ from postgrad.evaluate.cost import Costs
 from postgrad.evaluate.evidence import read_evidence
 from postgrad.evaluate.frontier import Frontier
 from postgrad.evaluate.gates import DIALLED
+from postgrad.evaluate.learning_curve import LearningCurve
+from postgrad.evaluate.prompt_search import PromptSearch
 from postgrad.report.abilities import Benchmark, Retention
 from postgrad.run import Run, read_json, read_jsonl
 from postgrad.types import (
@@ -111,6 +113,8 @@ class Evaluation:
     retention: Retention | None = None
     costs: Costs | None = None
     dial: Frontier | None = None
+    prompt_search: PromptSearch | None = None
+    learning_curve: LearningCurve | None = None
 
     @property
     def main(self) -> tuple[Measurement, ...]:
@@ -294,9 +298,9 @@ def collect(run: Run) -> Report:
         recipe=run.config,
         resolved=run.config_path.exists(),
         evaluation=_evaluation(run),
-        training=_section(Training, record, "train", run),
+        training=_section(Training, record, "train", run.record_path),
         curves=_curves(run),
-        merge=_section(Merge, record, "merge", run),
+        merge=_section(Merge, record, "merge", run.record_path),
         data=_data(run),
         checks=checks,
         lengths=_lengths(checks or ()),
@@ -326,9 +330,9 @@ def _mapping(value: Any, path: Path) -> dict[str, Any]:
     return dict(_parse(dict, value, path))
 
 
-def _section(kind: type[T], record: Mapping[str, Any], key: str, run: Run) -> T | None:
+def _section(kind: type[T], record: Mapping[str, Any], key: str, path: Path) -> T | None:
     value = record.get(key)
-    return None if value is None else _parse(kind, value, run.record_path)
+    return None if value is None else _parse(kind, value, path)
 
 
 def _evaluation(run: Run) -> Evaluation | None:
@@ -356,15 +360,11 @@ def _evaluation(run: Run) -> Evaluation | None:
         flaws=tuple(_flaws(arm, found) for arm, found in rows.items() if found),
         answers=None,
         seeds=tuple(_parse(SeedSpread, spread, path) for spread in tree.get("seeds", [])),
-        retention=Retention(
-            benchmarks,
-            tuple(m for m in measurements if m.task in general),
-            tuple(c for c in comparisons if c.task in general),
-        )
-        if benchmarks
-        else None,
-        costs=_parse(Costs, tree["costs"], path) if "costs" in tree else None,
-        dial=_parse(Frontier, tree["dial"], path) if "dial" in tree else None,
+        retention=Retention.of(benchmarks, measurements, comparisons),
+        costs=_section(Costs, tree, "costs", path),
+        prompt_search=_section(PromptSearch, tree, "prompt_search", path),
+        learning_curve=_section(LearningCurve, tree, "learning_curve", path),
+        dial=_section(Frontier, tree, "dial", path),
     )
     best = without_answers.best_base
     if best is None or not rows.get(best.arm) or not rows.get(TUNED):

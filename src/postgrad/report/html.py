@@ -9,8 +9,10 @@ from postgrad.report.charts import NARROW, WIDE
 from postgrad.report.collect import TUNED, Curves, Evaluation, Report, collect
 from postgrad.report.costs import costs_section
 from postgrad.report.frontier import frontier_section
+from postgrad.report.learning import learning_section
 from postgrad.report.markup import Content, Html, join, tag
 from postgrad.report.parts import empty, figure, note, section, table
+from postgrad.report.prompts import prompts_section
 from postgrad.report.retention import retention_section
 from postgrad.report.words import (
     arm_name,
@@ -66,7 +68,9 @@ def page(report: Report) -> Html:
         _verdict(report, name),
         _gates(report),
         _evaluation(report),
+        prompts_section(report),
         costs_section(report),
+        learning_section(report),
         retention_section(report),
         frontier_section(report),
         _training(report),

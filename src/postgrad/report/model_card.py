@@ -17,9 +17,11 @@ from postgrad.report.costs import NO_LATENCY, break_even_sentence
 from postgrad.report.facts import money, recompute_command
 from postgrad.report.frontier import statement
 from postgrad.report.markup import clean
+from postgrad.report.prompts import effort_sentence
 from postgrad.report.words import (
     NOT_MEASURED,
     arm_name,
+    capital,
     count,
     duration,
     interval,
@@ -272,11 +274,14 @@ def _evaluation(report: Report) -> list[str]:
         rows[-1] += ["not given" if r.n is None else count(r.n), reference_method(r)]
         rows[-1] += [_text(r.source) or "no source given"]
     heads = ["Arm", "Task", "Metric", "Value", _within(evaluation), "n", "Interval by", "Evidence"]
+    search, curve = evaluation.prompt_search, evaluation.learning_curve
     return [
         "## Evaluation",
         _table(heads, rows),
         _comparisons(evaluation),
         *([f"{_text(break_even_sentence(evaluation))} {NO_LATENCY}"] if evaluation.costs else []),
+        *([_text(effort_sentence(search))] if search else []),
+        *([_text(capital(curve.finding)) + "."] if curve else []),
         *_retention(evaluation),
         *_dial(evaluation),
     ]

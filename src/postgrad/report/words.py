@@ -1,8 +1,9 @@
 """Numbers and sentences, worded once for the page and for the model card. Plain text only."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from postgrad.evaluate.gates import DIALLED
 from postgrad.report.collect import TUNED, Evaluation, Merge, Reference, Report
@@ -63,16 +64,18 @@ def arm_name(arm: str) -> str:
     'Base model, 8 examples in the prompt'
     >>> arm_name("base/few-shot-8-retrieved")
     'Base model, 8 nearest examples in the prompt'
+    >>> arm_name("base/few-shot-1-embedded")
+    'Base model, 1 nearest example (embedded) in the prompt'
     """
-    if arm in (TUNED, DIALLED):
-        return f"{capital(arm)} model"
-    if arm == "base/zero-shot":
-        return "Base model, no examples"
-    found = re.fullmatch(r"base/few-shot-(\d+)(-retrieved)?", arm)
-    if not found:
-        return arm
+    known = {TUNED: "Tuned model", "base/zero-shot": "Base model, no examples"}
+    known[DIALLED] = f"{capital(DIALLED)} model"
+    known["base/best-prompt"] = "Base model, best prompt found"
+    found = re.fullmatch(r"base/few-shot-(\d+)(-retrieved|-embedded)?", arm)
+    if arm in known or not found:
+        return known.get(arm, arm)
     kind = "nearest example" if found[2] else "example"
-    return f"Base model, {count(int(found[1]), kind)} in the prompt"
+    how = " (embedded)" if found[2] == "-embedded" else ""
+    return f"Base model, {count(int(found[1]), kind)}{how} in the prompt"
 
 
 def percent(value: float) -> str:
@@ -342,7 +345,8 @@ def forgetting(evaluation: Evaluation | None) -> str:
 
 def _evaluation_unknowns(report: Report, evaluation: Evaluation) -> list[str]:
     found = []
-    if evaluation.tuned and all("few-shot" not in m.arm for m in evaluation.main):
+    prompted = [m for m in evaluation.main if "few-shot" in m.arm or "best-prompt" in m.arm]
+    if evaluation.tuned and not prompted:
         found.append("Prompting with examples: not measured. It may do better than zero-shot.")
     if evaluation.measurements and not isinstance(report.recipe.data.test, str):
         found.append(
@@ -388,9 +392,28 @@ def training_notes(report: Report) -> list[str]:
             f"On {rows} the kept weights are {number(training.probe_kl)} nats per token away from "
             "the base model (KL divergence; 0 = unchanged)."
         )
+    if report.record.get("learning_rate_probe"):
+        found.append(_probe_note(report.record["learning_rate_probe"]))
     if report.merge:
         found.append(_merge_note(report.merge))
     return found
+
+
+def _probe_note(probe: Mapping[str, Any]) -> str:
+    """Say which learning rates were tried, where each led, and why one was taken."""
+    said = []
+    for tried in probe["tried"]:
+        led = "broke down"
+        if tried["loss"] is not None:
+            led = f"{number(tried['loss'])}"
+            if tried["behind"]:
+                led += f" ({number(tried['behind'], 2)} worse, ± {number(tried['error'], 2)})"
+        said.append(f"{number(tried['rate'], 3)}: {led}")
+    return (
+        f"The learning rate {number(probe['chosen'], 3)} was probed for "
+        f"{count(probe['steps'], 'step')} each; held-out loss on {count(probe['rows'], 'row')} "
+        f"after them: {'; '.join(said)}. The smallest within a standard error of the best is taken."
+    )
 
 
 def _merge_note(merge: Merge) -> str:

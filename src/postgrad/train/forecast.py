@@ -26,12 +26,18 @@ from postgrad.estimate import (
 )
 from postgrad.model.directory import end_token_ids, read_settings
 from postgrad.prices import load_prices
-from postgrad.train.plan import auto_eval_steps, resolve_train, with_eval_rows
+from postgrad.train.plan import (
+    PROBE_FACTORS,
+    auto_eval_steps,
+    probe_steps,
+    resolve_train,
+    with_eval_rows,
+)
 from postgrad.train.stream import Stream
 from postgrad.types import Split, Tokens
 
 COVERS = (
-    "training and its held-out losses, if it does not stop early; "
+    "training, its held-out losses and a learning-rate probe, if it does not stop early; "
     "pre-flight, evaluation by generation (with evaluate.dial, of every point) and the report come "
     "on top"
 )
@@ -59,6 +65,9 @@ class Forecast:
     micro_batch: Amount
     """The largest forward pass."""
     on_gpu: bool
+    probe: Amount
+    """All tries of train.learning_rate: probe; nothing without."""
+    probe_steps: int
 
 
 def count(
@@ -100,8 +109,13 @@ def count(
     steps = [amount_of(documents[index] for index in step) for step in stream.plan]
     parts = ((step.tokens, step.supervised, step.pairs) for step in steps)
     total = Amount(*map(sum, zip(*parts, strict=True)))
+    probed = probe_steps(len(stream)) if train.learning_rate == "probe" else 0
+    parts = ((step.tokens, step.supervised, step.pairs) for step in steps[:probed])
+    probe = Amount(*map(sum, zip((0, 0, 0), *parts, strict=True))) * len(PROBE_FACTORS)
     every = train.eval_steps if train.eval_steps != "auto" else auto_eval_steps(len(stream))
     evaluations = -(-len(stream) // every) + 2  # before, after the last step, after restoring
+    if probed:
+        evaluations += 1 + len(PROBE_FACTORS)
     fullest = max(steps, key=lambda step: step.tokens)
     return Forecast(
         recipe.model_copy(update={"train": train.model_copy(update={"eval_steps": every})}),
@@ -116,6 +130,8 @@ def count(
         evaluations,
         fullest * min(1.0, train.micro_batch_tokens / fullest.tokens),
         on_gpu,
+        probe,
+        probed * len(PROBE_FACTORS),
     )
 
 
@@ -204,7 +220,12 @@ def document(work: Forecast, speed: Speed, peak_bytes: int | None = None) -> dic
     """Return what `estimate` and `--dry-run` print; `peak_bytes` is a measured peak."""
     recipe, report = work.recipe, work.recipe.report
     train = recipe.train
-    seconds = speed.seconds(work.training, work.held_out, work.steps)
+    computed = work.training + work.probe
+    seconds = speed.seconds(computed, work.held_out, work.steps + work.probe_steps)
+    shares = recipe.evaluate.learning_curve
+    curve = speed.seconds(
+        work.training * sum(shares), work.held_out * len(shares), round(work.steps * sum(shares))
+    )
     parts = memory(
         work.shape,
         work.method,
@@ -219,6 +240,7 @@ def document(work: Forecast, speed: Speed, peak_bytes: int | None = None) -> dic
         "tokens_per_epoch": work.epoch.tokens,
         "tokens": work.training.tokens,
         "supervised_tokens": work.training.supervised,
+        **({"learning_rate_probe_tokens": work.probe.tokens} if work.probe.tokens else {}),
         "steps": work.steps,
         "tokens_per_batch": train.tokens_per_batch,
         "micro_batch_tokens": train.micro_batch_tokens,
@@ -228,9 +250,10 @@ def document(work: Forecast, speed: Speed, peak_bytes: int | None = None) -> dic
         "validation_tokens": work.held_out.tokens // work.evaluations,
         "trainable_parameters": work.method.trainable,
         "total_parameters": work.parameters + (0 if work.method.full else work.method.trainable),
-        "flops": flops(work.shape, work.method, work.training, work.held_out),
+        "flops": flops(work.shape, work.method, computed, work.held_out),
         "tokens_per_second": round(speed.tokens_per_second, 1),
         "train_seconds": round(seconds, 1),
+        **({"learning_curve_seconds": round(curve, 1)} if shares else {}),
         "time_source": speed.source,
         "time_detail": speed.detail,
         "time_covers": COVERS,
@@ -245,7 +268,7 @@ def document(work: Forecast, speed: Speed, peak_bytes: int | None = None) -> dic
             watts=_watts(prices.watts, card),
             price_per_hour=report.price_per_hour,
             currency=report.currency,
-            tokens=work.training.tokens,
+            tokens=computed.tokens,
             held_out_tokens=work.held_out.tokens,
             parameters=work.parameters,
         ),

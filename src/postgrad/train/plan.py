@@ -1,8 +1,11 @@
 """Every `auto` of the train section becomes a number, written to the resolved config. Pure."""
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from postgrad.config import FullConfig, LoraConfig, Recipe, TrainConfig
+from postgrad.train.stopping import HeldOut, paired_difference
 
 ROWS_PER_BATCH = 16
 EVALUATIONS = 10
@@ -14,6 +17,11 @@ ACTIVATION_SHARE = 0.5
 CHECKPOINT_SHARE = 0.8
 """Above this share the activations of the smallest micro-batch are recomputed instead of kept; the
 rest is for gradients, optimizer and logits. Pre-flight then tries it."""
+
+PROBE_FACTORS = (1 / 3, 1.0, 3.0)
+"""Multiples of the automatic learning rate that a probe tries."""
+PROBE_SHARE, FEWEST_PROBE_STEPS = 0.1, 20
+"""Share of the steps for which each is tried, and the number below which that says little."""
 
 
 def auto_learning_rate(adapt: LoraConfig | FullConfig, parameters: int) -> float:
@@ -87,3 +95,48 @@ def auto_eval_steps(steps: int) -> int:
     10
     """
     return max(1, steps // EVALUATIONS)
+
+
+def probe_steps(steps: int) -> int:
+    """Return for how many steps of a run of `steps` each learning rate is tried.
+
+    >>> [probe_steps(steps) for steps in (8, 100, 1000)]
+    [8, 20, 100]
+    """
+    return min(steps, max(FEWEST_PROBE_STEPS, round(PROBE_SHARE * steps)))
+
+
+@dataclass(frozen=True, slots=True)
+class TriedRate:
+    """A learning rate and where it led in the steps of a probe."""
+
+    rate: float
+    loss: float | None
+    """Held-out loss, nats per token; None where the training broke down."""
+    behind: float | None = None
+    """How much worse than the best, nats per token."""
+    error: float | None = None
+    """Standard error of that, paired by row."""
+    problem: str = ""
+    """Why the training broke down."""
+
+
+def choose_rate(found: Sequence[tuple[float, HeldOut | None]]) -> tuple[float, list[TriedRate]]:
+    """Return the smallest rate that the best one does not beat by more than a standard error.
+
+    The smaller of equals moves the weights less, and so forgets less. `found` holds a rate and its
+    held-out evaluation, None where training broke down; at least one did not.
+    """
+    usable = [(rate, held) for rate, held in found if held is not None]
+    _, best = min(usable, key=lambda pair: (pair[1].loss, pair[0]))
+    tried, chosen = [], math.inf
+    for rate, held in found:
+        if held is None:
+            tried.append(TriedRate(rate, None))
+            continue
+        behind, error = paired_difference(held, best)
+        error = 0.0 if math.isinf(error) else error  # one row: its noise is unknown
+        if behind <= error:
+            chosen = min(chosen, rate)
+        tried.append(TriedRate(rate, held.loss, behind, error))
+    return chosen, tried

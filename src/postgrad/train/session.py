@@ -83,8 +83,8 @@ class Session:
                 precision=self.loaded.dtype,
             )
 
-    def stream(self, packed: bool) -> Stream:
-        """Plan the training batches."""
+    def stream(self, packed: bool, most: int | None = None) -> Stream:
+        """Plan the training batches, those of the first `most` steps if that is given."""
         train = self.recipe.train
         assert isinstance(train.tokens_per_batch, int)
         assert isinstance(train.micro_batch_tokens, int)
@@ -95,7 +95,7 @@ class Session:
             micro_batch_tokens=train.micro_batch_tokens,
             packed=packed,
             seed=self.recipe.seed,
-            max_steps=train.max_steps,
+            max_steps=train.max_steps if most is None else most,
         )
 
     def held_out(self, packed: bool) -> Validation:
