@@ -179,14 +179,14 @@ def _already(
 
 
 def _asking(recipe: Recipe, dataset: Dataset, models: Models, display: Display) -> Ask:
-    """Return what answers rows with a way of prompting; the arm `tuned` asks the tuned model."""
+    """Return what answers rows: an arm under its own name, prompts that are tried by the base."""
     limit = _answer_limit(recipe, dataset, models)
     embedder = Embedder(lambda: models.arm(BEST), lambda: models.base.tokenizer, display)
     finder = ExampleFinder(dataset.of(Split.TRAIN), embedder, recipe.data_seed)
 
     def ask(variant: Variant, rows: Sequence[Example], label: str) -> list[Evidence]:
         shots = finder.find(variant.kind, variant.shots, rows, variant.draw)
-        with models.arm(variant.name) as model:
+        with models.arm(variant.name if variant.name == label else BEST) as model:
             return run_arm(
                 model,
                 models.renderer,
