@@ -71,7 +71,7 @@ def _legend(dial: Frontier) -> Html:
     items = [(STYLES[0], "\N{GREEK SMALL LETTER LAMDA}, from the base to the tuned model")]
     if any(point.place.step is not None for point in dial.points):
         items.append((STYLES[1], "earlier checkpoints of the same training"))
-    items.append(("margin", f"margin: {dial.margin:g} points may be lost"))
+    items.append(("margin", f"margin: at most {dial.margin:g} lost"))
     items.append(("chosen", "chosen"))
     keys = (tag("span", tag("i", class_=style), words) for style, words in items)
     return tag("p", *keys, class_="legend")

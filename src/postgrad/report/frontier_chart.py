@@ -95,7 +95,7 @@ def _axes(
 def _margin(margin: float, x: Scale, y: Scale) -> Iterator[Html]:
     at = x(-margin)
     yield tag("line", class_="reference", x1=at, x2=at, y1=y.start, y2=y.end)
-    yield text(f"margin {MINUS}{margin:g}", at - 6, y.start - 7, "reference", "end")
+    yield text(f"margin {MINUS}{margin:g}", at - 6, y.end + 12, "reference", "end")
 
 
 def _series(frontier: Frontier, number: int, several: bool, x: Scale, y: Scale) -> Iterator[Html]:
