@@ -140,7 +140,8 @@ def prepare(directory, tmp_path, name="run", adapt=None, **train):
     rows = tmp_path / "rows.jsonl"
     if not rows.exists():
         write_rows(rows)
-    settings = {"max_steps": 6, "eval_steps": 2, "threads": 1, "learning_rate": 1e-2, **train}
+    settings = {"max_steps": 6, "eval_steps": 2, "threads": 1, "learning_rate": 1e-2}
+    settings |= {"attention_bucket_tokens": 64, "micro_batch_tokens": 1024, **train}
     data = {"train": str(rows), "validation": 0.2}
     recipe = make_recipe(directory, model={"adapt": adapt or {"r": 4}}, data=data, train=settings)
     session = open_session(recipe, load_dataset(recipe.data, recipe.seed))
