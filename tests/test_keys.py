@@ -16,7 +16,7 @@ def test_every_key_has_a_type_a_default_and_a_meaning():
 
 def test_keys_of_union_sections_are_listed():
     assert {"model.adapt.r", "model.adapt.kind", "data.columns.prompt"} <= set(KNOWN)
-    assert KNOWN["train.early_stopping.patience"]["default"] == 3
+    assert KNOWN["train.early_stopping.patience"]["default"] == 5
     assert KNOWN["model.adapt.kind"]["type"] == "lora | full"
 
 

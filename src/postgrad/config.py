@@ -137,8 +137,9 @@ class DataConfig(Section):
 class EarlyStoppingConfig(Section):
     """When to stop: held-out loss no longer improves by more than its own noise."""
 
-    patience: PositiveInt = 3
-    """Evaluations without a significant improvement before stopping."""
+    patience: PositiveInt = 5
+    """Evaluations without a significant improvement before stopping. While the learning rate is high
+    held-out losses scatter, and they fall once more when it decays: 3 stops too early (LOG.md)."""
     min_delta: Literal["1se"] | NonNegativeFloat = "1se"
     """Improvement that counts: 1se = one standard error of the difference, paired by row; or nats
     per token."""
