@@ -169,7 +169,12 @@ def evaluate(
 @app.command("compare")
 def compare(
     run_dirs: Annotated[
-        list[Path] | None, typer.Argument(metavar="RUN_A RUN_B", help="Two evaluated runs.")
+        list[Path] | None,
+        typer.Argument(metavar="RUN_A RUN_B", help="Two evaluated runs; more with --picture."),
+    ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option("--picture", metavar="FILE.html", help="Draw the runs' dials in one picture."),
     ] = None,
     plan: Annotated[
         float | None,
@@ -189,11 +194,11 @@ def compare(
     found = [open_run(path) for path in run_dirs or ()]
     if plan is not None and len(found) <= 2:
         return _staged("plan_rows", plan, found)
-    if len(found) != 2:
+    if len(found) != 2 and not (picture and len(found) > 2):
         raise errors.ConfigError(
             f"compare takes two runs, not {len(found)}", "write: compare RUN_A RUN_B"
         )
-    return _staged("compare", *found)
+    return _staged("compare", found, picture)
 
 
 @app.command("report")

@@ -138,8 +138,8 @@ class EarlyStoppingConfig(Section):
     """When to stop: held-out loss no longer improves by more than its own noise."""
 
     patience: PositiveInt = 5
-    """Evaluations without a significant improvement before stopping. While the learning rate is high
-    held-out losses scatter, and they fall once more when it decays: 3 stops too early (LOG.md)."""
+    """Evaluations without a significant improvement before stopping. Held-out losses scatter while
+    the learning rate is high and fall once more when it decays: 3 stops too early (LOG.md)."""
     min_delta: Literal["1se"] | NonNegativeFloat = "1se"
     """Improvement that counts: 1se = one standard error of the difference, paired by row; or nats
     per token."""

@@ -58,7 +58,7 @@ def result_text(document: Mapping[str, Any]) -> str:
     }
     parts.append(mapping_text({"recipe": changed}) if changed else "")
     parts += [f"only in {what}" for what in document.get("unshared", ())]
-    places = ("run", "report", "model_card", "export", "attribution")
+    places = ("run", "report", "model_card", "export", "picture", "attribution")
     parts.append(mapping_text({key: document[key] for key in places if document.get(key)}))
     return "\n\n".join(part for part in parts if part)
 

@@ -14,7 +14,7 @@ from postgrad.data.dataset import Dataset, load_dataset, read_dataset, save_data
 from postgrad.data.replay import SELF, planned_self_replay
 from postgrad.errors import ConfigError, RunError
 from postgrad.progress import Display, SilentDisplay
-from postgrad.run import Run, create_run, find_resumable, read_json
+from postgrad.run import Run, create_run, find_resumable, read_json, write_atomic
 from postgrad.types import Check, Comparison, Measurement, Split, Verdict
 
 
@@ -109,11 +109,25 @@ def report(run: Run) -> dict[str, Any]:
     return document(run)
 
 
-def compare(a: Run, b: Run) -> dict[str, Any]:
-    """Compare two runs row by row, from their evidence alone."""
-    from postgrad.evaluate.compare_runs import compare_runs
+def compare(runs: Sequence[Run], picture: Path | None) -> dict[str, Any]:
+    """Compare two runs row by row, from their evidence alone; draw the dials of two or more."""
+    from postgrad.evaluate.compare_runs import collect_frontiers, compare_runs, names_of
 
-    return compare_runs(a, b)
+    if len(runs) == 2:
+        found = compare_runs(*runs)
+    else:
+        found = {"frontiers": collect_frontiers(runs, names_of(runs))}
+    if picture is None:
+        return found
+    from postgrad.report.html import frontiers_page
+
+    if len(found["frontiers"]) < len(runs):
+        raise ConfigError(
+            f"the dials of {len(found['frontiers'])} of {len(runs)} runs can stand in one picture",
+            "evaluate all with evaluate.dial, on the same validation rows and benchmark items",
+        )
+    write_atomic(picture, frontiers_page(found["frontiers"]).encode())
+    return {**found, "picture": str(picture)}
 
 
 def plan_rows(points: float, runs: Sequence[Run]) -> dict[str, Any]:

@@ -272,6 +272,25 @@ def test_two_runs_stand_in_one_table_when_they_asked_the_same(copied, finished, 
     assert collect_frontiers((first, copied), ("a", "b")) == []
 
 
+def test_the_dials_of_runs_are_drawn_in_one_picture(copied, finished, tmp_path, capsys):
+    first, picture = finished[1], tmp_path / "dials.html"
+    runs = [str(first.path), str(copied.path), str(first.path)]
+    assert cli.call(["compare", *runs[:2], "--picture", str(picture)]) == 0
+    assert "dials.html" in capsys.readouterr().out
+    page = picture.read_text(encoding="utf-8")
+    assert page.count("<svg") == 2
+    assert page.count('class="ring"') == 4
+    assert "<h3>out</h3>" in page
+    assert "<h3>copy</h3>" in page
+    assert cli.call(["compare", *runs, "--picture", str(picture)]) == 0
+    assert picture.read_text(encoding="utf-8").count('class="ring"') == 6
+    picture.unlink()
+    write_evidence(copied, "dial/words", "base", read_evidence(copied, "dial/words", "base")[1:])
+    assert cli.call(["compare", *runs[:2], "--picture", str(picture)]) == 2
+    assert "same validation rows and benchmark items" in capsys.readouterr().err
+    assert not picture.exists()
+
+
 def test_checkpoints_are_spread_evenly_and_outlive_their_folders(copied, tmp_path):
     run = Run(tmp_path / "many")
     for step in (0, 10, 20, 30, 40, 50, 60, 70):

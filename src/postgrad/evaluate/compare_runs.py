@@ -44,7 +44,7 @@ def compare_runs(a: Run, b: Run) -> dict[str, Any]:
     """
     measured = {run.path: _measured(run) for run in (a, b)}
     here, there = (_keys(measured[run.path]) for run in (a, b))
-    names = _names(a, b)
+    names = names_of((a, b))
     shared = [key for key in here if key in there]
     if not any(key.task is None for key in shared):
         _refuse_unshared(measured[a.path], measured[b.path], names)
@@ -154,7 +154,7 @@ def _compare(
     b: Run,
     key: _Key,
     tasks: tuple[str, str],
-    names: tuple[str, str],
+    names: Sequence[str],
     confidence: float,
 ) -> Comparison:
     a_rows, b_rows = (read_evidence(run, t, key.arm) for run, t in zip((a, b), tasks, strict=True))
@@ -178,7 +178,7 @@ def _refuse_other_requests(
         )
 
 
-def _refuse_unshared(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str, str]) -> None:
+def _refuse_unshared(a: Mapping[str, Any], b: Mapping[str, Any], names: Sequence[str]) -> None:
     """Say why the test rows of two runs have no arm in common."""
     if a["metric"] != b["metric"]:
         raise DataError(
@@ -213,7 +213,7 @@ def _keys(tree: Mapping[str, Any]) -> dict[_Key, str]:
     }
 
 
-def _names(a: Run, b: Run) -> tuple[str, str]:
-    """Return the directories' names, or their paths where the names are equal."""
-    short = (a.path.resolve().name, b.path.resolve().name)
-    return short if short[0] != short[1] else (str(a.path), str(b.path))
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """Return the directories' names, or their paths where two names are equal."""
+    short = [run.path.resolve().name for run in runs]
+    return short if len(set(short)) == len(short) else [str(run.path) for run in runs]

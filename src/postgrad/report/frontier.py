@@ -1,5 +1,7 @@
 """The section of the dial: the frontier drawn, its table, what it shows and what was chosen."""
 
+from collections.abc import Sequence
+
 from postgrad.evaluate.frontier import Change, Frontier, FrontierPoint
 from postgrad.evaluate.gates import BASE, DIALLED, TUNED
 from postgrad.report.charts import NARROW, WIDE
@@ -54,6 +56,27 @@ def frontier_section(report: Report) -> Html | None:
         _changes(dial),
         _dialled(evaluation, dial) if dial.exported else None,
     )
+
+
+def frontiers_section(frontiers: Sequence[tuple[str, Frontier]]) -> Html:
+    """Return the dials of several runs, which asked the same rows and items, in one picture."""
+    drawn = [
+        frontier_chart(frontiers, width=width, name=f"dials-{width}") for width in (WIDE, NARROW)
+    ]
+    _, first = frontiers[0]
+    caption = (
+        f"{capital(metric_name(first.metric))} on {count(first.n, 'validation row')} against the "
+        f"mean change of {', '.join(first.items)}, with {level(first.confidence)} intervals. "
+        "Right is less forgetting, up is better answers. The chosen point of each run has a ring."
+    )
+    keys = (
+        tag("span", tag("i", class_=STYLES[number % len(STYLES)]), run)
+        for number, (run, _) in enumerate(frontiers)
+    )
+    tables: list[Content] = []
+    for run, dial in frontiers:
+        tables += [tag("h3", run), *(tag("p", said) for said in statement(dial)), _table(dial)]
+    return section(TITLE, "dial", figure(drawn, caption, tag("p", *keys, class_="legend")), *tables)
 
 
 def statement(dial: Frontier) -> list[str]:

@@ -1,14 +1,19 @@
 """The report page: one self-contained HTML file, verdict first. No script, no network."""
 
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
+from pydantic import TypeAdapter
+
+from postgrad.evaluate.frontier import Frontier
 from postgrad.report import charts, facts
 from postgrad.report.answers import answers_section
 from postgrad.report.charts import NARROW, WIDE
 from postgrad.report.collect import TUNED, Curves, Evaluation, Report, collect
 from postgrad.report.costs import costs_section
-from postgrad.report.frontier import frontier_section
+from postgrad.report.frontier import frontier_section, frontiers_section
 from postgrad.report.learning import learning_section
 from postgrad.report.markup import Content, Html, join, tag
 from postgrad.report.parts import empty, figure, note, section, table
@@ -52,17 +57,7 @@ def write_report(run: Run) -> Path:
 
 def page(report: Report) -> Html:
     """Return the whole page."""
-    style = files("postgrad.report").joinpath("report.css").read_text(encoding="utf-8")
     name = str(report.record.get("name", report.path.name))
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        tag("title", f"{name} · postgrad report"),
-        tag("style", Html(style)),
-    )
     main = tag(
         "main",
         _verdict(report, name),
@@ -85,8 +80,33 @@ def page(report: Report) -> Html:
         "footer",
         "Written by postgrad from the files beside this page. It loads nothing from the network.",
     )
-    body = tag("body", main, footer)
+    return document(f"{name} · postgrad report", main, footer)
+
+
+def document(title: str, *content: Content) -> Html:
+    """Return a self-contained page in the report's style."""
+    style = files("postgrad.report").joinpath("report.css").read_text(encoding="utf-8")
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="color-scheme", content="light dark"),
+        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        tag("title", title),
+        tag("style", Html(style)),
+    )
+    body = tag("body", *content)
     return Html("<!doctype html>\n" + tag("html", head, body, lang="en") + "\n")
+
+
+def frontiers_page(frontiers: Sequence[Mapping[str, Any]]) -> Html:
+    """Return a page with the `frontiers` of a comparison, the dials of several runs, in a picture.
+
+    Each is {"run": its name, "dial": as in measurements.json}.
+    """
+    dials = TypeAdapter(list[tuple[str, Frontier]])
+    given = dials.validate_python([(entry["run"], entry["dial"]) for entry in frontiers])
+    return document("Dials \u00b7 postgrad", tag("main", frontiers_section(given)))
 
 
 def _verdict(report: Report, name: str) -> Html:
