@@ -23,6 +23,7 @@ from postgrad.evaluate.compare import (
 )
 from postgrad.evaluate.evidence import read_evidence
 from postgrad.evaluate.gates import BASE, DIALLED, TUNED
+from postgrad.evaluate.prompt_search import LEDGER
 from postgrad.run import Run, read_json
 from postgrad.types import Comparison, Evidence, Measurement, SeedSpread
 
@@ -34,7 +35,8 @@ def reuse_base_evidence(first: Run, run: Run) -> None:
     for path in sorted((first.path / "evidence").rglob("*.jsonl")):
         target = run.path / path.relative_to(first.path)
         arm = path.name.removesuffix(".jsonl").rpartition(".")[2]
-        if (arm == BASE or arm.startswith(f"{BASE}-")) and not target.exists():
+        of_base = arm in (BASE, LEDGER) or arm.startswith((f"{BASE}-", f"{LEDGER}-"))
+        if of_base and not target.exists():
             run.write_text(target, path.read_text(encoding="utf-8"))
 
 
