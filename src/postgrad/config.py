@@ -183,9 +183,9 @@ class TrainConfig(Section):
     packing: Literal["auto", "on", "off"] = "auto"
     """Several documents in one row. auto = on when the isolation probe proves that they cannot
     see each other on this model; on = refuse to train if the probe fails."""
-    shared_prefix: Literal["auto", "off"] = "auto"
+    shared_prefix: Literal["auto", "on", "off"] = "auto"
     """On a CPU, compute once what all documents of a packed row begin with, a system prompt for
-    example: the same losses and gradients with fewer tokens. auto = where the model is shown to
+    example: the same losses and gradients with fewer tokens. auto = on where the model is shown to
     compute the same and nothing drops out at random; off = every document by itself."""
     gradient_checkpointing: bool | Auto = "auto"
     """Recompute activations in the backward pass: less memory, about a third slower. auto = only

@@ -8,7 +8,9 @@ from postgrad.config import DataConfig, LoraConfig, ModelConfig, Recipe, TrainCo
 from postgrad.data.render import Renderer
 from postgrad.errors import ModelError
 from postgrad.model.attention import is_ours, training_attention
+from postgrad.model.layout import Layout
 from postgrad.model.lora import add_lora
+from postgrad.train import sft
 from postgrad.train.memory import available_bytes, peak_memory, used_bytes
 from postgrad.train.preflight import failed, may_pack, preflight, refuse
 from postgrad.train.preflight.memory import fits_in_memory
@@ -329,3 +331,14 @@ def test_a_whole_preflight_stops_at_the_rows_before_it_touches_the_model(
     stopped = checks(strict, [*renderings, *unsupervised])
     assert [check.name for check in failed(stopped)] == ["supervised-tokens-present"]
     assert stopped[-1].name == "over-length"
+
+
+def test_a_shared_beginning_is_checked_and_a_wrong_one_is_refused(model, renderings, monkeypatch):
+    objective = SupervisedFineTuning(share_prefix=True)
+    found = run(model, renderings, objective)
+    assert found["shared-prefix-matches"].passed
+    assert found["shared-prefix-matches"].data["loss_difference"] < 1e-5
+    assert "shared-prefix-matches" not in run(model, renderings, SupervisedFineTuning())
+    # documents that do not see what stands in front of them once
+    monkeypatch.setattr(sft, "Layout", lambda lengths, shared_prefix: Layout(lengths))
+    assert "shared-prefix-matches" in failing(run(model, renderings, objective))

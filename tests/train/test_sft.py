@@ -22,11 +22,11 @@ from postgrad.train import sft
 from postgrad.train.optimizer import trainable
 from postgrad.train.sft import (
     SupervisedFineTuning,
-    can_share_prefix,
     has_plain_head,
     model_inputs,
     row_multiple,
     shared_prefix,
+    why_apart,
 )
 from postgrad.types import Tokens
 from training import load_model, make_rows
@@ -154,7 +154,7 @@ def with_beginning(rows, beginning):
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "logits"])
 def test_a_shared_beginning_changes_no_loss_and_no_gradient(model, fused, capacity):
     rows = with_beginning(make_rows(9, seed=3, weights=WEIGHTS), range(40, 53))
-    assert can_share_prefix(model)
+    assert why_apart(model) == ""
     objective = SupervisedFineTuning(fused=fused, share_prefix=True)
     found = ours(model, rows, capacity=capacity, objective=objective, per_document=True)
     for batch, loss in found:
@@ -204,7 +204,7 @@ def test_no_beginning_is_shared_where_it_would_change_something(tiny_model_dir, 
                 num_key_value_heads=2,
             )
         )
-    assert not can_share_prefix(model)
+    assert why_apart(model)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 64])

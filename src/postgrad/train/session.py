@@ -30,7 +30,7 @@ from postgrad.train.plan import (
     with_eval_rows,
 )
 from postgrad.train.preflight import preflight
-from postgrad.train.sft import SupervisedFineTuning, can_share_prefix, has_plain_head
+from postgrad.train.sft import SupervisedFineTuning, has_plain_head, why_apart
 from postgrad.train.stream import Stream
 from postgrad.types import Batch, Check, Dropped, Example, Split, Tokens
 
@@ -54,6 +54,8 @@ class Session:
     dropped: tuple[Dropped, ...]
     """Rows cut or left out because of their length or template."""
     objective: SupervisedFineTuning
+    apart: str = ""
+    """Why a common beginning is not computed once; "" when it is, or the recipe says off."""
     attention_probe: AttentionProbe | None = None
     """What was measured at this start; None where the recipe says it or on a GPU."""
 
@@ -124,14 +126,29 @@ def open_session(recipe: Recipe, dataset: Dataset, loaded: Loaded | None = None)
         loaded.model.requires_grad_(True)
     renderings, rows, dropped = _rows(recipe, dataset, renderer)
     full_in_bf16 = isinstance(adapt, FullConfig) and loaded.dtype == torch.bfloat16
+    recipe, apart = _sharing(recipe, loaded.model)
     objective = SupervisedFineTuning(
         has_plain_head(loaded.model),
         autocast=full_in_bf16,
-        share_prefix=recipe.train.shared_prefix == "auto" and can_share_prefix(loaded.model),
+        share_prefix=recipe.train.shared_prefix == "on",
         kl_weight=recipe.train.kl_weight,
     )
-    session = Session(recipe, loaded, renderer, renderings, rows[0], rows[1], dropped, objective)
-    return _resolved(session)
+    given = (recipe, loaded, renderer, renderings, rows[0], rows[1], dropped, objective)
+    return _resolved(Session(*given, apart=apart))
+
+
+def _sharing(recipe: Recipe, model: Any) -> tuple[Recipe, str]:
+    """Resolve train.shared_prefix; returns also why a common beginning is not computed once."""
+    choice = recipe.train.shared_prefix
+    apart = "" if choice == "off" else why_apart(model)
+    if choice == "on" and apart:
+        raise TrainingError(
+            f"train.shared_prefix is on, which this model does not allow: {apart}",
+            "set it to auto or off",
+        )
+    resolved = "off" if choice == "off" or apart else "on"
+    train = recipe.train.model_copy(update={"shared_prefix": resolved})
+    return recipe.model_copy(update={"train": train}), apart
 
 
 def _checkpoint_activations(model: Any) -> None:

@@ -285,7 +285,9 @@ def model_inputs(batch: Batch, device: Any, share: bool = False) -> tuple[dict[s
     spare = -ids.shape[1] % row_multiple(ids.shape[1]) if batch.packed else 0
     if spare:
         ids = np.pad(ids, ((0, 0), (0, spare)))
-        positions = np.concatenate([positions, prefix + np.arange(spare)[None]], axis=1)
+        # nothing reads these; a position that the model may not know would still be looked up
+        beyond = np.minimum(prefix + np.arange(spare), positions.max())
+        positions = np.concatenate([positions, beyond[None]], axis=1)
         lengths = (*lengths, spare)
     inputs: dict[str, Any] = {
         "input_ids": on_device(ids, device),
@@ -320,15 +322,19 @@ def shared_prefix(batch: Batch) -> int:
     return prefix if (len(lengths) - 1) * prefix >= SHARED_LEAST * batch.ids.shape[1] else 0
 
 
-def can_share_prefix(model: Any) -> bool:
-    """Whether the model computes the same when a common beginning stands in the row once.
+def why_apart(model: Any) -> str:
+    """Return why a common beginning cannot be computed once for this model; "" when it can.
 
-    False on a GPU, whose kernels know no shared beginning, under dropout, which would then be
-    shared too, and for layers that do not hand the layout to their attention.
+    Not on a GPU, whose kernels know no shared beginning, not under dropout, which would then be
+    shared too, and not where layers do not hand the layout to their attention. The rest is tried
+    on made-up documents.
     """
     embeddings = model.get_input_embeddings().weight
-    if embeddings.device.type != "cpu" or dropout_of(model):
-        return False
+    if embeddings.device.type != "cpu":
+        return f"kernels on {embeddings.device.type} know no shared beginning"
+    noise = noise_of(model)
+    if noise:
+        return f"{noise} would be the same in all rows"
     ids = np.arange(8) % len(embeddings)
     documents = [
         Tokens(np.concatenate([ids, ids[:n][::-1]]), np.zeros(8 + n, np.float32), str(n))
@@ -343,20 +349,25 @@ def can_share_prefix(model: Any) -> bool:
                 inputs, place = model_inputs(batch, embeddings.device, share)
                 hidden = model.base_model(**inputs).last_hidden_state[0]
                 found.append(hidden[torch.from_numpy(place[0])].float())
-    except (ModelError, TypeError, ValueError, RuntimeError):
-        return False
+    except (ModelError, TypeError, ValueError, RuntimeError) as error:
+        return str(error).partition("\n")[0]
     apart, together = found
-    error = float((apart - together).norm() / apart.norm())
-    return error <= (1e-4 if embeddings.dtype == torch.float32 else 0.02)
+    error_norm = float((apart - together).norm() / apart.norm())
+    limit = 1e-4 if embeddings.dtype == torch.float32 else 0.02
+    return "" if error_norm <= limit else f"hidden states differ by {error_norm:.1e}"
 
 
-def dropout_of(model: Any) -> float:
-    """Return the largest dropout rate of the model's layers and its attention."""
-    config = model.config.get_text_config()
-    rates = [
-        rate
-        for module in model.modules()
-        for rate in (getattr(module, "p", 0.0), getattr(module, "dropout", 0.0))
-        if isinstance(rate, float)
-    ]
-    return max([*rates, float(getattr(config, "attention_dropout", 0.0) or 0.0)])
+def noise_of(model: Any) -> str:
+    """Return the name of a setting by which the model computes at random in training; "" if none.
+
+    Looks at dropout layers, and at numbers of layers and of the config whose name says so.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout) and module.p:
+            return "dropout"
+    for settings in (*map(vars, model.modules()), model.config.get_text_config().to_dict()):
+        for name, value in settings.items():
+            said = "drop" in name or "jitter" in name
+            if said and isinstance(value, float) and value > 0:
+                return str(name)
+    return ""

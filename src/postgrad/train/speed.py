@@ -43,7 +43,7 @@ def recorded_speed(recipe: Recipe, method: Method, root: Path) -> Speed | None:
     wanted = conditions(recipe, method.compute_bytes)
     for run in reversed(list_runs(root) if root.is_dir() else []):
         try:
-            if _conditions_of(run) != wanted or not _same_threads(recipe, run):
+            if _conditions_of(run) != wanted or not _same_choices(recipe, run):
                 continue
             rate = training_rate(run.read_metrics())
         except RunError:
@@ -64,8 +64,21 @@ def _conditions_of(run: Run) -> dict[str, Any] | None:
     return found | here | {name: installed.get(name) for name in ("postgrad", "torch")}
 
 
-def _same_threads(recipe: Recipe, run: Run) -> bool:
-    return recipe.train.threads in ("auto", run.config.train.threads)
+def _same_choices(recipe: Recipe, run: Run) -> bool:
+    """Whether the run did as the recipe says where it says something.
+
+    Tokens of a common beginning count in every row and are computed once: with another system
+    prompt the same machine has another speed.
+    """
+    wanted, made = recipe.train, run.config.train
+    systems = [
+        (r.data.system, r.data.columns and r.data.columns.system) for r in (recipe, run.config)
+    ]
+    return (
+        wanted.threads in ("auto", made.threads)
+        and wanted.shared_prefix in ("auto", made.shared_prefix)
+        and systems[0] == systems[1]
+    )
 
 
 def training_rate(metrics: list[dict[str, Any]]) -> float | None:
@@ -91,7 +104,8 @@ def probe_key(recipe: Recipe, method: Method, mean_length: float) -> str:
     micro = recipe.train.micro_batch_tokens
     assert isinstance(micro, int)
     sizes = {"micro_batch": micro.bit_length(), "document": round(mean_length).bit_length()}
-    found = conditions(recipe, method.compute_bytes) | sizes | {"threads": recipe.train.threads}
+    choices = {"threads": recipe.train.threads, "shared_prefix": recipe.train.shared_prefix}
+    found = conditions(recipe, method.compute_bytes) | sizes | choices
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -51,6 +51,7 @@ def train_model(session: Session, run: Run, packed: bool, display: Display) -> d
         torch.manual_seed(session.recipe.seed)
     if session.attention_probe is not None:
         run.event("attention-measured", **asdict(session.attention_probe))
+    run.event("shared-prefix", setting=config.shared_prefix, reason=session.apart)
     if session.model.device.type == "cpu":
         compiled = kernels()
         run.event("kernels", compiled=compiled.library is not None, detail=compiled.detail)

@@ -46,6 +46,7 @@ NAMES = (
     "packing-isolation",
     "loss-matches-reference",
     "accumulation-invariance",
+    "shared-prefix-matches",
     "fits-in-memory",
 )
 """Every check made here, in order; those of the data come with the data set."""

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -84,13 +84,20 @@ def check_model(
         packed = bool(isolation.data["packed"])
         with training_attention(model):
             ours = measure(model, _objective_losses(model, objective, rows, packed), rows)
+        # memory of batches in which no beginning is shared: a row may begin otherwise
+        apart: Any = replace(cast(Any, objective), share_prefix=False) if share else objective
         return (
             untrained_token_ids(model, renderings),
             context_length(model, renderings),
             isolation,
             loss_matches_reference(model, ours, rows, tolerance),
             accumulation_invariance(model, objective, ours, rows, tolerance),
-            fits_in_memory(model, objective, renderings, micro_batch_tokens, packed),
+            *(
+                [shared_prefix_matches(model, objective, apart, rows, tolerance)]
+                if share and packed
+                else []
+            ),
+            fits_in_memory(model, apart, renderings, micro_batch_tokens, packed),
         )
 
 
@@ -355,6 +362,28 @@ def accumulation_invariance(
         f"one micro-batch per row ({len(rows)} rows)",
         "set train.packing to off; if it still differs, rows of a batch influence each other in "
         "this model (batch normalisation, expert capacity)",
+    )
+
+
+def shared_prefix_matches(
+    model: Any, objective: Objective, apart: Objective, rows: Sequence[Tokens], tolerance: Tolerance
+) -> Check:
+    """What rows begin with is computed once: the same loss sum and gradient as row by row."""
+    row = min(rows, key=len)
+    other = row.ids.copy()  # the same row with another end: all before it is in common
+    last = int(np.flatnonzero(row.weights)[-1])
+    other[last] = next(i for i in (*row.ids, 0, 1) if i != other[last])
+    pair = [row, Tokens(other, row.weights, "probe-other")]
+    with training_attention(model):
+        shared = measure(model, _objective_losses(model, objective, pair, True), pair)
+        single = measure(model, _objective_losses(model, apart, pair, True), pair)
+    return _compare(
+        "shared-prefix-matches",
+        shared,
+        single,
+        tolerance,
+        "the same two rows by themselves",
+        "set train.shared_prefix to off",
     )
 
 
