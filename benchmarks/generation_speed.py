@@ -24,8 +24,9 @@ from postgrad.config import Recipe, load_recipe
 from postgrad.data.dataset import Dataset, load_dataset, read_dataset
 from postgrad.data.render import Renderer
 from postgrad.evaluate.fewshot import choose_shots, with_shots
+from postgrad.evaluate.gates import BASE, TUNED
+from postgrad.evaluate.models import Models
 from postgrad.evaluate.runner import resolve_max_new_tokens, sample_test
-from postgrad.evaluate.workflow import tuned_model
 from postgrad.model.generate import generate
 from postgrad.model.load import load, load_model, load_tokenizer, model_directory
 from postgrad.run import Run, open_run
@@ -117,16 +118,21 @@ def models_of(run: Run | None, recipe: Recipe) -> Iterator[tuple[str, Any, Seque
     """Yield name, model and the numbers of examples in the prompt.
 
     The base model first, then (of a run) the tuned one as an evaluation sees it, then the merged
-    one where the run has exported it. An adapter is attached to the base model in place.
+    one where the run has exported it. Each is to be used before the next is taken: an adapter is
+    attached to the base model in place.
     """
-    loaded = load(recipe.model)
-    yield "base", loaded.model, (0, SHOTS)
     if run is None:
+        yield BASE, load(recipe.model, trained=False).model, (0, SHOTS)
         return
-    yield "tuned", tuned_model(run, recipe, loaded), (0,)
+    models = Models(run, recipe)
+    with models.arm(BASE) as model:
+        yield BASE, model, (0, SHOTS)
+    if models.has_tuned:
+        with models.arm(TUNED) as model:
+            yield TUNED, model, (0,)
     merged = run.export / "merged"
     if merged.is_dir():
-        yield "merged", load_model(merged, loaded.dtype), (0,)
+        yield "merged", load_model(merged, models.base.dtype), (0,)
 
 
 def make_task(recipe: Recipe, dataset: Dataset, model: Any, limit: int, count: int) -> Task:

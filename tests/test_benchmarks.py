@@ -459,3 +459,36 @@ def test_a_measurement_that_failed_has_no_share_and_stands_in_the_table():
     assert ours.split()[-3:] == ["3.0", "16,000", "tok/s"]
     assert "out of memory" in failed
     assert "loss curves: FAILED: no time left" in text
+
+
+def test_generation_is_timed_on_the_models_of_a_run_as_an_evaluation_loads_them(
+    tiny_model_dir, tmp_path
+):
+    import generation_speed
+    import torch
+
+    from postgrad.config import LoraConfig
+    from postgrad.run import create_run
+    from postgrad.train.checkpoint import save_weights
+    from training import load_model, make_recipe
+
+    recipe = make_recipe(tiny_model_dir)
+    [(name, _, counts)] = generation_speed.models_of(None, recipe)
+    assert (name, counts) == ("base", (0, generation_speed.SHOTS))
+    run = create_run(recipe, "train", tmp_path / "run")
+    tuned = load_model(tiny_model_dir, recipe.model.adapt)
+    assert isinstance(recipe.model.adapt, LoraConfig)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1
+    with run.publish(run.export / "adapter") as folder:
+        save_weights(tuned, folder, str(tiny_model_dir), recipe.model.adapt)
+    ids, logits = torch.arange(3, 20)[None], {}
+    for name, model, _ in generation_speed.models_of(run, recipe):
+        with torch.no_grad():
+            logits[name] = model(ids).logits
+    assert list(logits) == ["base", "tuned"]
+    with torch.no_grad():
+        torch.testing.assert_close(logits["tuned"], tuned.eval()(ids).logits, atol=1e-4, rtol=0)
+    assert (logits["base"] - logits["tuned"]).abs().max() > 1e-2

@@ -184,6 +184,21 @@ def test_a_refused_run_says_why_and_goes_on_once_waived(tiny_model_dir, tmp_path
     assert (check["passed"], check["waived"]) == (False, True)
 
 
+def test_too_few_rows_for_the_prompt_are_found_before_training(tiny_model_dir, tmp_path, capsys):
+    path = write_recipe(tmp_path, tiny_model_dir)
+    out = tmp_path / "out"
+    for change in ("evaluate.fewshot=[0, 121]", "evaluate.prompt_search={fewshot: [0, 121]}"):
+        for verb in ("run", "evaluate"):
+            assert cli.call([verb, str(path), change, "--out", str(out)]) == 2
+            assert "121 examples in the prompt, TRAIN has 120 rows" in capsys.readouterr().err
+            assert set(Run(out).record["seconds"]) == {"data"}
+            shutil.rmtree(out)
+        assert cli.call(["doctor", str(path), change]) == 2
+        assert "TRAIN has 120 rows" in capsys.readouterr().err
+    found = load_recipe(path, ["evaluate.fewshot=[0, 120]"])
+    assert stages.doctor(found)["checks"]
+
+
 def test_a_gate_that_is_not_met_is_told_and_ends_with_4(finished, tmp_path, capsys):
     _, out, _ = finished
     copy = Run(shutil.copytree(out, tmp_path / "copy", symlinks=True))

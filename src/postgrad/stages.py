@@ -94,7 +94,9 @@ def evaluate(target: Recipe | Run, options: Options) -> dict[str, Any]:
             "use `postgrad run`, or add evaluate.learning_curve=[]",
         )
     with _open(target, "evaluate", options) as run:
-        _evaluate(run, _data(run, options), options)
+        dataset = _data(run, options)
+        _refuse_few_rows(target, dataset)
+        _evaluate(run, dataset, options)
         return _finish(run, options)
 
 
@@ -124,7 +126,8 @@ def compare(runs: Sequence[Run], picture: Path | None) -> dict[str, Any]:
     if len(found["frontiers"]) < len(runs):
         raise ConfigError(
             f"the dials of {len(found['frontiers'])} of {len(runs)} runs can stand in one picture",
-            "evaluate all with evaluate.dial, on the same validation rows and benchmark items",
+            "evaluate all with evaluate.dial: the same base model, scorer, validation rows and "
+            "benchmark items",
         )
     write_atomic(picture, frontiers_page(found["frontiers"]).encode())
     return {**found, "picture": str(picture)}
@@ -170,12 +173,15 @@ def demo(minutes: float, options: Options) -> dict[str, Any]:
 def plan(recipe: Recipe, options: Options) -> dict[str, Any]:
     """Load everything, train nothing: tokens, steps, memory and time from one real micro-batch."""
     from postgrad.train.probe import dry_run
+    from postgrad.train.probe_rows import check_given_chats
     from postgrad.train.session import open_session
 
     options.show.stage("data")
     dataset = _planned(recipe)
     options.show.stage("model")
-    return {"plan": dry_run(open_session(recipe, dataset), dataset)}
+    session = open_session(recipe, dataset)
+    check_given_chats(session.renderer, recipe)
+    return {"plan": dry_run(session, dataset)}
 
 
 def estimate(recipe: Recipe, runs: Path, options: Options) -> dict[str, Any]:
@@ -234,10 +240,14 @@ def explain_row(recipe: Recipe, row: int) -> list[tuple[str, float]]:
 
 def doctor(recipe: Recipe) -> dict[str, Any]:
     """Run every pre-flight check of a recipe without training."""
+    from postgrad.train.probe_rows import check_given_chats
     from postgrad.train.session import open_session
 
     dataset = _planned(recipe)
-    checks = open_session(recipe, dataset).checks(_data_checks(dataset, recipe))
+    _refuse_few_rows(recipe, dataset)
+    session = open_session(recipe, dataset)
+    check_given_chats(session.renderer, recipe)
+    checks = session.checks(_data_checks(dataset, recipe))
     return {"checks": [asdict(check) for check in checks]}
 
 
@@ -321,6 +331,7 @@ def _timed(run: Run, stage: str, options: Options) -> Iterator[None]:
 
 def _whole(run: Run, options: Options) -> dict[str, Any]:
     dataset = _data(run, options)
+    _refuse_few_rows(run.recipe, dataset)
     _train(run, dataset, options)
     _evaluate(run, dataset, options)
     _learning_curve(run, options)
@@ -339,16 +350,24 @@ def _data(run: Run, options: Options) -> Dataset:
 def _train(run: Run, dataset: Dataset, options: Options) -> None:
     """Pre-flight, the loop, the best weights, the export; does nothing when that is all done."""
     from postgrad.train.preflight import may_pack, refuse, write_checks
+    from postgrad.train.probe_rows import check_given_chats, given_chats
     from postgrad.train.rate_probe import probe_learning_rate
-    from postgrad.train.replay import add_own_answers
+    from postgrad.train.replay import add_own_answers, needs_own_answers
     from postgrad.train.session import open_session
     from postgrad.train.workflow import export_model, train_model
 
     if "train" in run.record:
         return
+    first, loaded = not run.probe_path.exists(), None
+    if first:
+        given_chats(run.config.train)  # a wrong path costs nothing
+    if needs_own_answers(run.config, dataset):
+        with _timed(run, "replay", options):
+            dataset, loaded = add_own_answers(run, dataset)
     with _timed(run, "preflight", options):
-        dataset, loaded = add_own_answers(run, dataset)
         session = open_session(run.config, dataset, loaded)
+        if first:
+            check_given_chats(session.renderer, session.recipe)
         run.write_text(run.config_path, session.recipe.to_yaml())
         checks = session.checks(_data_checks(dataset, session.recipe))
         write_checks(run, checks)
@@ -367,6 +386,9 @@ def _train(run: Run, dataset: Dataset, options: Options) -> None:
 
 def _planned(recipe: Recipe) -> Dataset:
     """Read the data; answers that the base model has yet to give stand in at their longest."""
+    from postgrad.train.probe_rows import given_chats
+
+    given_chats(recipe.train)  # a wrong path costs nothing
     dataset = load_dataset(recipe.data, recipe.data_seed)
     if recipe.data.replay != SELF:
         return dataset
@@ -385,6 +407,13 @@ def _data_checks(dataset: Dataset, recipe: Recipe) -> tuple[Check, ...]:
 def _refuse_seeds(run: Run) -> None:
     if run.seeds.is_dir():
         raise RunError(f"{run.path} holds several seeds", f"name one of them: {run.seeds}/SEED")
+
+
+def _refuse_few_rows(recipe: Recipe, dataset: Dataset) -> None:
+    """Find that TRAIN is too small for the examples in a prompt before hours of training."""
+    from postgrad.evaluate.fewshot import require_rows
+
+    require_rows(recipe.evaluate, dataset.of(Split.TRAIN))
 
 
 def _check_benchmarks(recipe: Recipe) -> None:

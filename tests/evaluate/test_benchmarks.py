@@ -84,6 +84,19 @@ def test_samples_are_seeded_and_repeated_questions_stay_apart(tmp_path):
     assert drawn[0] == [name for name in ids if name in drawn[0]]
 
 
+def test_what_repeats_a_drawn_question_is_not_among_the_others(tmp_path):
+    write(tmp_path / "piqa.jsonl", piqa(60) * 2)
+    found = load_benchmark("piqa", tmp_path, 20, 7)
+    ids = [item.id for item in found.items]
+    asked = {name.removesuffix("-2") for name in ids}
+    others = [item.id for item in found.rest]
+    assert any(name.endswith("-2") for name in ids)
+    assert others
+    assert not {name.removesuffix("-2") for name in others} & asked
+    assert len(others) == 2 * (60 - len(asked))
+    assert found.available == 120
+
+
 def test_a_file_of_something_else_is_refused_with_its_line(tmp_path):
     write(tmp_path / "piqa.jsonl", [*piqa(1), {"text": "no"}])
     with pytest.raises(DataError, match=r"piqa.jsonl:2: not a row of piqa"):

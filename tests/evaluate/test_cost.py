@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postgrad.evaluate.cost import ArmCost, Typical, arm_cost, break_even, measure_costs
+from postgrad.evaluate.cost import (
+    ArmCost,
+    Typical,
+    arm_cost,
+    break_even,
+    measure_costs,
+    tuning_seconds,
+)
 from postgrad.types import Evidence
 
 
@@ -65,3 +72,12 @@ def test_before_it_prompting_is_cheaper_and_from_it_tuning_is(prompting, tuned, 
     assert training + found.requests * tuned <= found.requests * prompting + spare
     before = found.requests - 1
     assert training + before * tuned >= before * prompting - spare
+
+
+def test_tuning_is_all_that_would_not_have_been_done_without_it():
+    spent = {"data": 1.0, "preflight": 2.0, "train": 90.0, "evaluate": 50.0}
+    assert tuning_seconds({"seconds": spent}) == 90
+    assert tuning_seconds({"seconds": {**spent, "learning_rate_probe": 20.0}}) == 110
+    assert tuning_seconds({"seconds": {**spent, "replay": 7.0}}) == 97
+    assert tuning_seconds({"seconds": {"replay": 7.0}}) is None
+    assert tuning_seconds({}) is None

@@ -14,7 +14,7 @@ from postgrad.config import load_recipe
 from postgrad.data.dataset import read_dataset
 from postgrad.errors import CheckpointError, ConfigError
 from postgrad.evaluate.benchmarks import load_benchmarks, unreported
-from postgrad.evaluate.compare_runs import collect_frontiers
+from postgrad.evaluate.compare_runs import collect_frontiers, compare_runs
 from postgrad.evaluate.dial import kept_checkpoints
 from postgrad.evaluate.evidence import read_evidence, write_evidence
 from postgrad.evaluate.models import Models, Weights
@@ -24,6 +24,7 @@ from postgrad.progress import SilentDisplay
 from postgrad.report.collect import collect
 from postgrad.report.model_card import card
 from postgrad.run import Run, read_json, verify_checksums
+from postgrad.strict_yaml import parse_yaml
 from postgrad.types import Score, Split
 from training import WORDS, write_rows
 
@@ -272,6 +273,29 @@ def test_two_runs_stand_in_one_table_when_they_asked_the_same(copied, finished, 
     assert collect_frontiers((first, copied), ("a", "b")) == []
 
 
+@pytest.mark.parametrize(
+    ("section", "change"),
+    [
+        ("model", {"base": "another/model"}),
+        ("model", {"revision": "main"}),
+        ("evaluate", {"retention_template": "raw"}),
+    ],
+)
+def test_dials_of_other_models_or_templates_stand_apart(copied, finished, section, change):
+    tree = parse_yaml(copied.recipe_path.read_text(encoding="utf-8"), "recipe")
+    tree[section] |= change
+    copied.recipe_path.write_text(json.dumps(tree), encoding="utf-8")
+    assert len(collect_frontiers((copied, copied), ("a", "b"))) == 2
+    assert collect_frontiers((finished[1], copied), ("a", "b")) == []
+
+
+def test_runs_are_compared_without_a_dial_that_is_gone(copied, finished):
+    copied.evidence_path("dial/words", "base").unlink()
+    found = compare_runs(finished[1], copied)
+    assert found["frontiers"] == []
+    assert {c["difference"] for c in found["comparisons"]} == {0}
+
+
 def test_the_dials_of_runs_are_drawn_in_one_picture(copied, finished, tmp_path, capsys):
     first, picture = finished[1], tmp_path / "dials.html"
     runs = [str(first.path), str(copied.path), str(first.path)]
@@ -296,7 +320,10 @@ def test_checkpoints_are_spread_evenly_and_outlive_their_folders(copied, tmp_pat
     for step in (0, 10, 20, 30, 40, 50, 60, 70):
         (run.checkpoints / f"step-{step:06d}").mkdir(parents=True)
     run.point("best", run.checkpoints / "step-000040")
-    chosen = {n: [step for step, _ in kept_checkpoints(run, n, "tiny")] for n in (0, 1, 2, 3, 9)}
+    chosen = {
+        n: [step for step, _ in kept_checkpoints(run, n, ["tiny"], SilentDisplay())]
+        for n in (0, 1, 2, 3, 9)
+    }
     assert chosen[0] == []
     assert chosen[1] in ([30], [50])
     assert chosen[2] == [10, 70]
@@ -306,6 +333,21 @@ def test_checkpoints_are_spread_evenly_and_outlive_their_folders(copied, tmp_pat
     for folder in copied.checkpoints.glob("step-*"):
         shutil.rmtree(folder)
     assert again(copied)["dial"] == before
+
+
+def test_a_checkpoint_that_is_gone_counts_only_with_all_its_answers(copied):
+    step = next(name for name in points(copied) if name.startswith("step"))
+    shutil.rmtree(copied.checkpoints / step)
+    copied.evidence_path("dial/words", step).unlink()
+    notes = []
+
+    class Noting(SilentDisplay):
+        def note(self, text):
+            notes.append(text)
+
+    evaluate_run(copied, read_dataset(copied), Noting())
+    assert step not in points(copied)
+    assert f"dial: left out, {step} is gone and its answers are not complete" in notes
 
 
 def test_a_damaged_checkpoint_is_refused(copied):

@@ -24,8 +24,8 @@ def recipe(**search):
     return parse_recipe({**TREE, "evaluate": {"prompt_search": search}})
 
 
-def tried(name, value, tokens=10.0):
-    return Tried(name, 0, "static", 0, None, value, 0.0, 1.0, 4, tokens, 1.0, "")
+def tried(name, value, tokens=10.0, errors=0):
+    return Tried(name, 0, "static", 0, None, value, 0.0, 1.0, 4, tokens, 1.0, "", errors)
 
 
 def test_every_variant_is_planned_once_in_a_seeded_order():
@@ -48,6 +48,27 @@ def test_the_best_score_is_taken_and_of_equals_the_shorter_prompt():
     found = [tried("long", 0.5, 90.0), tried("b", 0.5), tried("a", 0.5), tried("low", 0.4, 1.0)]
     assert best_of(found).name == "a"
     assert best_of([*found, tried("high", 0.6, 900.0)]).name == "high"
+
+
+def test_a_prompt_that_could_not_be_asked_does_not_win_by_being_short():
+    found = [tried("refused", 0.0, 0.0, errors=4), tried("asked", 0.0, 90.0)]
+    assert best_of(found).name == "asked"
+    assert best_of([*found, tried("half", 0.1, 0.0, errors=2)]).name == "half"
+
+
+def test_errors_are_counted_in_the_ledger(tmp_path):
+    found = recipe(fewshot=[0, 1], examples=["static"], draws=1, minutes=None)
+    run = create_run(found, "evaluate", tmp_path / "run")
+
+    def ask(variant, rows, label):
+        failed = "the template refuses it" if variant.shots else None
+        return [
+            Evidence(f"row-{n}", "q", "a", "", {"exact_match": Score(0.0, False)}, error=failed)
+            for n in range(4)
+        ]
+
+    assert search_prompts(run, found, (), ask, SilentDisplay()).name == "zero-shot"
+    assert {t.name: t.errors for t in read_tried(run, "bot")} == {"zero-shot": 0, "few-shot-1": 4}
 
 
 @pytest.fixture
@@ -109,8 +130,12 @@ def test_no_variant_is_begun_after_the_budget_but_one_is_always_tried(searched):
 def test_the_budget_is_that_of_the_training_unless_said(searched):
     run = searched[1]
     assert limit_seconds(run, PromptSearchConfig()) is None
+    run.add_seconds("replay", 30.0)
+    run.add_seconds("learning_rate_probe", 20.0)
+    assert limit_seconds(run, PromptSearchConfig()) is None
     run.add_seconds("train", 90.0)
-    assert limit_seconds(run, PromptSearchConfig()) == 90
+    run.add_seconds("preflight", 5.0)
+    assert limit_seconds(run, PromptSearchConfig()) == 140
     assert limit_seconds(run, PromptSearchConfig(minutes=2)) == 120
     assert limit_seconds(run, PromptSearchConfig(minutes=None)) is None
 

@@ -6,15 +6,19 @@ import pytest
 import torch
 from transformers import GraniteConfig, GraniteForCausalLM
 
+from postgrad import stages
 from postgrad.config import LoraConfig
 from postgrad.data.dataset import load_dataset
 from postgrad.data.generic_prompts import probe_prompts
-from postgrad.errors import DataError, TrainingError
+from postgrad.errors import DataError, SourceError, TrainingError
 from postgrad.model import lora
 from postgrad.model.attention import training_attention
 from postgrad.progress import SilentDisplay
-from postgrad.run import create_run, read_jsonl
+from postgrad.run import Run, create_run, read_jsonl
+from postgrad.stages import Options
 from postgrad.train import kl_probe
+from postgrad.train import session as session_module
+from postgrad.train.base_answers import answer_as_base
 from postgrad.train.kl_probe import KlProbe, open_kl_probe
 from postgrad.train.session import open_session
 from postgrad.train.sft import SupervisedFineTuning, has_plain_head
@@ -261,3 +265,48 @@ def test_no_checkpoint_beyond_the_limit_is_the_best(tiny_model_dir, tmp_path):
     assert facts["stop_reason"] == reason
     assert events(run, "stopped")[0]["reason"] == reason
     assert facts["probe_kl"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "rows", [None, "", '{"prompt": "a", "completion": "%s"}\n' % ("yes " * 2000)]
+)
+def test_a_wrong_file_is_found_before_anything_is_tried(
+    tiny_model_dir, tmp_path, rows, monkeypatch
+):
+    write_rows(tmp_path / "rows.jsonl", 200)
+    path = tmp_path / "general.jsonl"
+    if rows is not None:
+        path.write_text(rows, "utf-8")
+    recipe = make_recipe(
+        tiny_model_dir,
+        data={"train": str(tmp_path / "rows.jsonl"), "replay": "self"},
+        train={"kl_probe": str(path), "learning_rate": "probe", "threads": 1},
+    )
+    monkeypatch.setattr(session_module.Session, "checks", lambda *_: pytest.fail("pre-flight"))
+    monkeypatch.setattr("postgrad.train.replay.answer_as_base", quick_answers)
+    out = tmp_path / "out"
+    for verb in (
+        lambda: stages.plan(recipe, Options()),
+        lambda: stages.estimate(recipe, tmp_path, Options()),
+        lambda: stages.doctor(recipe),
+        lambda: stages.train(recipe, Options(out=out)),
+    ):
+        with pytest.raises((DataError, SourceError), match=r"general\.jsonl"):
+            verb()
+    run = Run(out)
+    assert "learning_rate_probe" not in run.record["seconds"]
+    assert ("replay" in run.record["seconds"]) == bool(rows)
+    assert not run.probe_path.exists()
+
+
+def quick_answers(loaded, renderer, prompts, most):
+    return answer_as_base(loaded, renderer, prompts[:2], 4)
+
+
+def test_the_file_may_go_once_the_run_has_it(tiny_model_dir, tmp_path):
+    path = tmp_path / "general.jsonl"
+    path.write_text('{"prompt": "a question", "completion": "yes"}\n', "utf-8")
+    session, run = prepare(tiny_model_dir, tmp_path, kl_probe=str(path))
+    weight = open_kl_probe(session, run, True).weight
+    path.unlink()
+    assert open_kl_probe(session, run, True).weight == weight

@@ -165,6 +165,22 @@ def test_one_rate_that_breaks_down_is_told_and_all_are_an_error(
     assert Run(tmp_path / "all").config.train.learning_rate == "probe"
 
 
+def test_a_rate_that_breaks_down_leaves_no_checkpoints(tiny_model_dir, tmp_path, monkeypatch):
+    path, usual = write_recipe(tmp_path, tiny_model_dir, max_steps=2), rate_probe.fit
+
+    def breaking(*arguments, run, **settings):
+        usual(*arguments, run=run, **settings)
+        assert list(run.checkpoints.rglob("*.safetensors"))
+        if run.path.name == "0.003":
+            raise TrainingError("the loss is not finite", "lower train.learning_rate")
+
+    monkeypatch.setattr(rate_probe, "fit", breaking)
+    stages.train(load_recipe(path), stages.Options(out=tmp_path / "out"))
+    run = Run(tmp_path / "out")
+    assert run.record["learning_rate_probe"]["tried"][2]["problem"] == "the loss is not finite"
+    assert not list(run.inside("learning-rate").path.rglob("*.safetensors"))
+
+
 def test_the_estimate_holds_the_probe_and_the_curve(tiny_model_dir, tmp_path):
     path = write_recipe(tmp_path, tiny_model_dir)
     with_curve = ["evaluate.learning_curve=[0.25, 0.5]"]

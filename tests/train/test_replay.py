@@ -10,11 +10,13 @@ from postgrad.data import replay as replay_data
 from postgrad.data.dataset import load_dataset, read_dataset, save_dataset
 from postgrad.data.generic_prompts import all_replay_prompts
 from postgrad.errors import DataError
+from postgrad.model.light_tokenizer import load_light_tokenizer
 from postgrad.run import Run, create_run, read_jsonl
 from postgrad.stages import Options
 from postgrad.train import base_answers
 from postgrad.train import replay as replay_module
 from postgrad.train.base_answers import answer_as_base, renderer_of
+from postgrad.train.forecast import forecast
 from postgrad.train.replay import add_own_answers
 from postgrad.train.session import open_session
 from postgrad.types import Split
@@ -114,6 +116,24 @@ def test_what_is_held_out_is_never_replayed(tiny_model_dir, tmp_path, change):
     assert all("row of test" in row.reason or "row of validation" in row.reason for row in dropped)
     assert found.checks[-1].data["overlaps"] == len(leaks)
     assert "were asked for" in found.checks[-1].detail
+
+
+@pytest.mark.parametrize("count", [20, 90])
+def test_a_system_prompt_of_the_recipe_hides_no_leak(tiny_model_dir, tmp_path, count):
+    """However many chats there are: lines that most requests share depend on their number."""
+    data = {"system": "Name the intent.", "near_duplicate": None}
+    dataset = load_dataset(recipe_of(tiny_model_dir, tmp_path, None, data=data).data, 7)
+    assert dataset.held_out[0].conversation.messages[0].role == "system"
+    leaks = [row.conversation.messages[1].content for row in dataset.held_out]
+    path = chats(tmp_path / "general.jsonl", 5)
+    with path.open("a", encoding="utf-8") as file:
+        for number in range(count):
+            chat = {"prompt": leaks[number % len(leaks)], "completion": f"other {number}"}
+            file.write(json.dumps(chat) + "\n")
+    recipe = recipe_of(tiny_model_dir, tmp_path, str(path), data=data | {"replay_share": 10})
+    found = load_dataset(recipe.data, 7)
+    assert len(found.replay) == 5
+    assert found.checks[-1].data["overlaps"] == count
 
 
 def test_nothing_left_is_refused(tiny_model_dir, tmp_path):
@@ -222,6 +242,37 @@ def test_empty_answers_are_left_out(tiny_model_dir, monkeypatch):
     assert (found.source, found.conversation.answer, found.unfinished) == ("base:2", "b", True)
 
 
+def test_a_kill_before_the_manifest_was_written_loses_no_check(tiny_model_dir, tmp_path, quick):
+    run, before, dataset, _ = generated(tiny_model_dir, tmp_path)
+    lines = [x for x in read_jsonl(run.manifest_path) if x.get("check", {}).get("name") != "replay"]
+    run.write_jsonl(run.manifest_path, [x for x in lines if x.get("split") != "replay"])
+    stopped = read_dataset(run)
+    assert stopped.replay
+    assert stopped.checks == before.checks
+    resumed, loaded = add_own_answers(run, stopped)
+    assert resumed == dataset == read_dataset(run)
+    assert loaded is not None
+
+
+def test_an_estimate_leaves_out_the_chats_that_training_does(tiny_model_dir, tmp_path):
+    path = chats(tmp_path / "general.jsonl", 30)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"prompt": "long", "completion": "yes " * 20_000}) + "\n")
+        file.write(json.dumps({"prompt": "control", "completion": "a <|im_end|> b"}) + "\n")
+    recipe = recipe_of(tiny_model_dir, tmp_path, str(path), data={"replay_share": 10})
+    dataset = load_dataset(recipe.data, recipe.data_seed)
+    assert len(dataset.replay) == 32
+    tokenizer = load_light_tokenizer(tiny_model_dir)
+    work = forecast(recipe, dataset, tiny_model_dir, tokenizer)
+    session = open_session(recipe, dataset)
+    assert work.epoch.tokens == sum(len(row) for row in session.training)
+    assert work.recipe.train.micro_batch_tokens == session.recipe.train.micro_batch_tokens
+    path = chats(tmp_path / "general.jsonl", 3, answer="yes " * 2000)
+    dataset = load_dataset(recipe.data, recipe.data_seed)
+    with pytest.raises(DataError, match=r"no row of data\.replay can be trained on"):
+        forecast(recipe, dataset, tiny_model_dir, tokenizer)
+
+
 def test_a_plan_counts_replay(tiny_model_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("POSTGRAD_CACHE", str(tmp_path / "cache"))
     found = {}
@@ -252,6 +303,7 @@ def test_a_whole_training_with_replay_resumes_exactly(tiny_model_dir, tmp_path, 
         with pytest.raises(KeyboardInterrupt):
             stages.train(recipe, Options(out=tmp_path / "stopped"))
     stopped = Run(tmp_path / "stopped")
+    assert stopped.record["seconds"]["replay"] > 0
     stopped.delete(stopped.checkpoints / "step-000006")
     stages.train(recipe, Options(out=stopped.path, resume=True))
     assert timeless(stopped) == timeless(Run(tmp_path / "straight"))

@@ -45,10 +45,11 @@ class Dataset:
         return (*self.of(Split.VALIDATION), *self.of(Split.TEST))
 
     def with_replay(self, replay: Replay) -> "Dataset":
-        """Return the same rows and these chats."""
+        """Return the same rows and these chats; what the ledger holds is not added again."""
+        new = [row for row in replay.dropped if row not in self.dropped]
         return dataclasses.replace(
             self,
-            dropped=(*self.dropped, *replay.dropped),
+            dropped=(*self.dropped, *new),
             checks=(*self.checks, replay.check),
             replay=replay.examples,
         )

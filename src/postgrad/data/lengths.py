@@ -8,6 +8,7 @@ import numpy as np
 
 from postgrad.config import DataConfig
 from postgrad.data.render import Answer, Rendering
+from postgrad.errors import DataError
 from postgrad.types import Dropped, Tokens
 
 
@@ -60,6 +61,42 @@ def keep_usable(
             example = rendering.example
             dropped.append(Dropped(example.id, example.source, step, why))
     return kept, dropped
+
+
+def keep_chats(
+    renderings: Sequence[Rendering], max_length: int
+) -> tuple[list[Rendering], list[Dropped]]:
+    """Return the chats of data.replay that can be trained on, and the others with the reason.
+
+    One that is too long or not whole is left out: another would do as well.
+
+    Raises:
+        DataError: None can.
+    """
+    kept: list[Rendering] = []
+    dropped: list[Dropped] = []
+    for found in renderings:
+        reason = found.problems[0].detail if found.problems else ""
+        if found.tokens is not None and not reason:
+            long = len(found.tokens) > max_length
+            reason = f"{len(found.tokens)} tokens, data.max_length is {max_length}" if long else ""
+            reason = reason or ("" if found.tokens.supervised else "nothing in it is an answer")
+        if reason:
+            name, source = found.example.id, found.example.source
+            dropped.append(Dropped(name, source, "replay", reason))
+        else:
+            kept.append(found)
+    if not kept:
+        raise DataError(
+            f"no row of data.replay can be trained on (the first: {first_reason(dropped)})",
+            "give other general chats, or raise data.max_length",
+        )
+    return kept, dropped
+
+
+def first_reason(lost: Sequence[Dropped]) -> str:
+    """Return where the first row that was left out stands, and why it was."""
+    return f"{lost[0].source}: {lost[0].reason}" if lost else "there were none"
 
 
 def _apply(

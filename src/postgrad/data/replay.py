@@ -109,8 +109,11 @@ def choose(
 def _leaks(
     rows: Sequence[Example], held_out: Sequence[Example], config: DataConfig
 ) -> Iterator[tuple[str, tuple[str, Example]]]:
-    """Yield (id, (reason, the held-out row)) of rows whose request is held out, or nearly."""
-    texts = request_texts([*rows, *held_out], config.prompt_template)
+    """Yield (id, (reason, the held-out row)) of rows whose request is held out, or nearly.
+
+    System messages are not compared: that of `data.system` stands in the held-out rows alone.
+    """
+    texts = request_texts([*rows, *held_out], config.prompt_template, system=False)
     mine, others = texts[: len(rows)], texts[len(rows) :]
     exact = dict(zip(others, held_out, strict=True))
     twins = {}

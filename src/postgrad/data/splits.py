@@ -116,15 +116,18 @@ class _Requests:
         return text
 
 
-def request_texts(examples: Sequence[Example], template: str = "{prompt}") -> list[str]:
+def request_texts(
+    examples: Sequence[Example], template: str = "{prompt}", *, system: bool = True
+) -> list[str]:
     """Return the normalised request of each example, without what most requests have in common.
 
     The text around {prompt} in `template` and every line that more than half of the (at least 20)
     different requests contain - a system prompt, a fixed instruction - say nothing about likeness
-    and are left out, unless nothing else would be left.
+    and are left out, unless nothing else would be left. Without `system` no system message is read:
+    for rows of which only some got one.
     """
     before, _, after = template.partition("{prompt}")
-    raw = ["\n".join(_request_lines(example, before, after)) for example in examples]
+    raw = ["\n".join(_request_lines(example, before, after, system)) for example in examples]
     different = set(raw)
     counts: Counter[str] = Counter()
     if len(different) >= 20:
@@ -138,9 +141,10 @@ def request_texts(examples: Sequence[Example], template: str = "{prompt}") -> li
     return texts
 
 
-def _request_lines(example: Example, before: str, after: str) -> Iterable[str]:
+def _request_lines(example: Example, before: str, after: str, system: bool) -> Iterable[str]:
+    left_out = {"assistant"} if system else {"assistant", "system"}
     for message in example.conversation.messages:
-        if message.role == "assistant":
+        if message.role in left_out:
             continue
         text = message.content
         if message.role == "user" and text.startswith(before) and text.endswith(after):

@@ -50,7 +50,7 @@ class Benchmark:
     tried: tuple[str, ...] = ()
     """Sources that were asked before and do not have it, each with the reason."""
     rest: tuple[Item, ...] = ()
-    """The items that were not drawn, in the order of the source."""
+    """The items that were not drawn and repeat none that was, in the order of the source."""
 
     @property
     def label(self) -> str:
@@ -260,11 +260,16 @@ def _sampled(
     """Give repeated questions ids of their own and draw the sample."""
     seen: Counter[str] = Counter()
     unique = []
+    question: dict[str, str] = {}
     for item in items:
         seen[item.id] += 1
         number = seen[item.id]
-        unique.append(item if number == 1 else dataclasses.replace(item, id=f"{item.id}-{number}"))
-    chosen, rest = _draw(unique, limit, seed)
+        own = item if number == 1 else dataclasses.replace(item, id=f"{item.id}-{number}")
+        question[own.id] = item.id
+        unique.append(own)
+    chosen, others = _draw(unique, limit, seed)
+    asked = {question[item.id] for item in chosen}
+    rest = tuple(item for item in others if question[item.id] not in asked)
     return Benchmark(task, chosen, tuple(shots), source, len(unique), rest=rest)
 
 

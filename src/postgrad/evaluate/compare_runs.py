@@ -74,23 +74,33 @@ def compare_runs(a: Run, b: Run) -> dict[str, Any]:
 def collect_frontiers(runs: Sequence[Run], names: Sequence[str]) -> list[dict[str, Any]]:
     """Return the dials of runs that can stand in one table or picture, as {"run", "dial"}.
 
-    Those are the runs whose dial asked the same rows and items as the first run's that has one;
-    fewer than two are none.
+    Those are the runs whose dial asked the same base model the same rows and items in the same way
+    as the first run's that has one; fewer than two are none. A dial whose answers are gone is left
+    out.
     """
     found: list[dict[str, Any]] = []
-    asked: list[list[str]] | None = None
+    asked: list[Any] | None = None
     for run, name in zip(runs, names, strict=True):
         tree = _measured(run)
         dial = tree.get("dial")
         if dial is None:
             continue
         tasks = (tree["task"], *dial["items"])
+        if not all(run.evidence_path(FOLDER + task, BASE).exists() for task in tasks):
+            continue
         base = (read_evidence(run, FOLDER + task, BASE) for task in tasks)
-        questions = [[dial["metric"]], *([row.example_id for row in rows] for rows in base)]
+        ids = [[row.example_id for row in rows] for rows in base]
+        questions = [_manner(run), dial["metric"], tasks[1:], ids]
         asked = questions if asked is None else asked
         if questions == asked:
             found.append({"run": name, "dial": dial})
     return found if len(found) > 1 else []
+
+
+def _manner(run: Run) -> tuple[Any, ...]:
+    """Return what decides, besides rows and items, whether the points of two dials are alike."""
+    model, settings = run.recipe.model, run.recipe.evaluate
+    return model.base, model.revision, settings.retention_template, settings.pattern
 
 
 def plan_rows(points: float, runs: Sequence[Run] = ()) -> dict[str, Any]:

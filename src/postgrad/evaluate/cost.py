@@ -8,8 +8,13 @@ beginning that all requests share was computed once, as a server with a prefix c
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from postgrad.types import Evidence
+
+TUNING_STAGES = ("replay", "learning_rate_probe", "train")
+"""Stages of a run, as run.json names them, without which there would be no tuned model: generating
+the base model's own answers, trying learning rates, training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +64,25 @@ class Costs:
         return next((found for found in self.break_even if found.arm == arm), None)
 
 
+def tuning_seconds(record: Mapping[str, Any]) -> float | None:
+    """Return what tuning took, from a run's run.json; None where nothing was trained.
+
+    >>> tuning_seconds({"seconds": {"learning_rate_probe": 20.0, "train": 90.0, "evaluate": 7.0}})
+    110.0
+    """
+    spent: Mapping[str, float] = record.get("seconds", {})
+    if "train" not in spent:
+        return None
+    return round(sum(spent.get(stage, 0.0) for stage in TUNING_STAGES), 3)
+
+
 def measure_costs(
     rows: Mapping[str, Sequence[Evidence]], tuned: str, training_seconds: float | None
 ) -> Costs:
-    """Return the cost of every arm in the order given, and when `tuned` is cheaper than each."""
+    """Return the cost of every arm in the order given, and when `tuned` is cheaper than each.
+
+    `training_seconds` are those of `tuning_seconds`; None = nothing was trained.
+    """
     found = [arm_cost(arm, evidence) for arm, evidence in rows.items()]
     arms = [cost for cost in found if cost is not None]
     own = next((cost for cost in arms if cost.arm == tuned), None)

@@ -53,7 +53,8 @@ def measure_dial(
     for reason in missing:
         display.note(f"dial: left out, {reason}")
     rows = sample_test(dataset.of(Split.VALIDATION), settings.rows, recipe.data_seed)
-    weights = _weights(run, settings, recipe.name, display)
+    asked = [recipe.name, *(benchmark.task.name for benchmark in others)]
+    weights = _weights(run, settings, asked, display)
     for place, taken in weights.items():
         if taken is not None:
             models.define(place.name, taken)
@@ -95,7 +96,7 @@ def measure_dial(
 
 
 def _weights(
-    run: Run, settings: DialConfig, task: str, display: Display
+    run: Run, settings: DialConfig, tasks: Sequence[str], display: Display
 ) -> dict[Place, Weights | None]:
     """Return the points in the order of the frontier and what each is made of; None = the base."""
     tuned = next(run.export / n for n in ("adapter", "model") if (run.export / n).exists())
@@ -103,7 +104,7 @@ def _weights(
     for scale in sorted((*settings.lambdas, 1.0)):
         name = TUNED if scale == 1 else f"lambda-{scale:g}"
         found[Place(name, scale)] = Weights(tuned, scale)
-    for step, folder in kept_checkpoints(run, settings.checkpoints, task):
+    for step, folder in kept_checkpoints(run, settings.checkpoints, tasks, display):
         if folder.exists():
             verify_checksums(folder)
         found[Place(f"step-{step:06d}", 1.0, step)] = Weights(folder)
@@ -116,19 +117,29 @@ def _weights(
     return found
 
 
-def kept_checkpoints(run: Run, count: int, task: str) -> list[tuple[int, Path]]:
+def kept_checkpoints(
+    run: Run, count: int, tasks: Sequence[str], display: Display
+) -> list[tuple[int, Path]]:
     """Return at most `count` checkpoints besides the best one, evenly spaced, as (step, folder).
 
-    One whose answers are there counts even if its folder was deleted since.
+    One whose folder was deleted since counts if its answers to all of `tasks` are there.
     """
+    if not count:
+        return []
     best = run.pointed("best")
     folders = {path for path in run.checkpoints.glob("step-*") if path.resolve() != best}
-    answered = run.evidence_path(FOLDER + task, "step-*")
-    for path in answered.parent.glob(answered.name):
-        folders.add(run.checkpoints / path.name.split(".")[-2])
+    answered = run.evidence_path(FOLDER + tasks[0], "step-*")
+    for name in sorted(path.name.split(".")[-2] for path in answered.parent.glob(answered.name)):
+        folder = run.checkpoints / name
+        if folder.exists():
+            continue
+        if all(run.evidence_path(FOLDER + task, name).exists() for task in tasks):
+            folders.add(folder)
+        else:
+            display.note(f"dial: left out, {name} is gone and its answers are not complete")
     steps = ((int(path.name.removeprefix("step-")), path) for path in folders)
     left = sorted((step, path) for step, path in steps if step)  # step 0 is the base model
-    if not left or not count:
+    if not left:
         return []
     first, last = left[0][0], left[-1][0]
     wanted = np.linspace(first, last, count) if count > 1 else [(first + last) / 2]

@@ -5,6 +5,7 @@ from functools import cached_property
 
 import numpy as np
 
+from postgrad.config import EvaluateConfig
 from postgrad.errors import ConfigError
 from postgrad.evaluate.embedding import Embedder
 from postgrad.evaluate.retrieval import Bm25, nearest_rows
@@ -63,6 +64,16 @@ def choose_shots(
     require_train(train)
     _require_enough(train, count)
     return draw(train, count, seed)
+
+
+def require_rows(settings: EvaluateConfig, train: Sequence[Example]) -> None:
+    """Refuse a recipe that asks for more examples than TRAIN has, in any arm or prompt tried.
+
+    Raises ConfigError.
+    """
+    search = settings.prompt_search
+    wanted = [*settings.fewshot, *(search.fewshot if search else ())]
+    _require_enough(train, max(wanted, default=0))
 
 
 def _require_enough(train: Sequence[Example], count: int) -> None:

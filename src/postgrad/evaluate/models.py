@@ -63,7 +63,7 @@ class Models:
     @cached_property
     def base(self) -> Loaded:
         """The base model as loaded; with LoRA the adapter may be attached: use `arm`."""
-        return load(self._recipe.model)
+        return load(self._recipe.model, trained=False)
 
     @cached_property
     def renderer(self) -> Renderer:
@@ -104,7 +104,9 @@ class Models:
             if exported and weights.scale == 1:
                 model = load_model(weights.folder, self.base.dtype)
             else:
-                model = self.interpolated(weights).to(self.base.dtype)
+                model = self.interpolated(weights)
+                for parameter in model.parameters():  # buffers keep theirs, as when it is loaded
+                    parameter.data = parameter.data.to(self.base.dtype)
             self._whole = weights, model
         return self._whole[1]
 
@@ -115,8 +117,13 @@ class Models:
         else:
             model = load_model(self.base.directory, torch.float32)
             load_weights(model, weights.folder)
-        base = dict(self.base.model.named_parameters())
+        if weights.scale == 1:
+            return model
+        plain = self.base.model
+        if self.base.dtype != torch.float32:
+            plain = load_model(self.base.directory, torch.float32)
+        base = dict(plain.named_parameters())
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter.copy_(torch.lerp(base[name].float(), parameter, weights.scale))
+                parameter.copy_(torch.lerp(base[name], parameter, weights.scale))
         return model

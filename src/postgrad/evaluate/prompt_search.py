@@ -15,6 +15,7 @@ import numpy as np
 
 from postgrad.config import PromptSearchConfig, Recipe
 from postgrad.evaluate.compare import measure
+from postgrad.evaluate.cost import tuning_seconds
 from postgrad.evaluate.evidence import write_evidence
 from postgrad.progress import Display
 from postgrad.run import Run, read_jsonl
@@ -57,6 +58,8 @@ class Tried:
     seconds: float
     """All it took, choosing examples included."""
     evidence: str
+    errors: int = 0
+    """Rows that could not be asked; they count as wrong."""
 
     @property
     def variant(self) -> Variant:
@@ -77,7 +80,7 @@ class PromptSearch:
     limit_seconds: float | None
     """The budget; None = no limit."""
     training_seconds: float | None
-    """What the training took, to hold it against; None where nothing was trained."""
+    """What tuning took, to hold it against; None where nothing was trained."""
     variants: tuple[Tried, ...]
     """Those that were tried, in order."""
 
@@ -109,8 +112,8 @@ def search_prompts(
 ) -> Variant:
     """Try variants on `rows`, all from VALIDATION, until the budget is spent; return the best.
 
-    Of equals the one with the shorter prompts. The ledger is written after each variant, so that a
-    search that was stopped goes on where it was.
+    Of equals the one with fewer errors, then with the shorter prompts. The ledger is written after
+    each variant, so that a search that was stopped goes on where it was.
     """
     settings = recipe.evaluate.prompt_search
     assert settings is not None
@@ -153,12 +156,13 @@ def _tried(
         prompt_tokens=fmean(row.prompt_tokens for row in rows),
         seconds=round(seconds, 3),
         evidence=evidence,
+        errors=measured.errors,
     )
 
 
 def best_of(tried: Sequence[Tried]) -> Tried:
-    """Return the best score; of equals the shorter prompt, then the name."""
-    return min(tried, key=lambda t: (-t.value, t.prompt_tokens, t.name))
+    """Return the best score; of equals fewest errors, then the shorter prompt, then the name."""
+    return min(tried, key=lambda t: (-t.value, t.errors, t.prompt_tokens, t.name))
 
 
 def read_tried(run: Run, task: str) -> list[Tried]:
@@ -169,8 +173,7 @@ def read_tried(run: Run, task: str) -> list[Tried]:
 def limit_seconds(run: Run, settings: PromptSearchConfig) -> float | None:
     """Return the budget; None = no limit."""
     if settings.minutes == "auto":
-        trained: float | None = run.record.get("seconds", {}).get("train")
-        return trained
+        return tuning_seconds(run.record)
     return None if settings.minutes is None else 60 * settings.minutes
 
 
@@ -185,6 +188,6 @@ def search_outcome(run: Run, recipe: Recipe) -> PromptSearch | None:
         planned=len(plan_variants(settings, recipe.data_seed)),
         seconds=round(sum(t.seconds for t in tried), 3),
         limit_seconds=limit_seconds(run, settings),
-        training_seconds=run.record.get("seconds", {}).get("train"),
+        training_seconds=tuning_seconds(run.record),
         variants=tuple(tried),
     )

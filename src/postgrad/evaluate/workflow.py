@@ -11,7 +11,7 @@ from postgrad.data.dataset import Dataset
 from postgrad.errors import DataError
 from postgrad.evaluate import compare
 from postgrad.evaluate.benchmarks import load_benchmarks
-from postgrad.evaluate.cost import measure_costs
+from postgrad.evaluate.cost import measure_costs, tuning_seconds
 from postgrad.evaluate.dial import measure_dial
 from postgrad.evaluate.embedding import Embedder
 from postgrad.evaluate.evidence import read_evidence, write_evidence
@@ -106,9 +106,7 @@ def evaluate_run(run: Run, dataset: Dataset, display: Display) -> dict[str, Any]
         "references": _references(recipe, dataset, tests),
         "costs": dataclasses.asdict(
             measure_costs(
-                {a: rows[a] for a in arms if a != DIALLED},
-                TUNED,
-                run.record["seconds"].get("train"),
+                {a: rows[a] for a in arms if a != DIALLED}, TUNED, tuning_seconds(run.record)
             )
         ),
         "retention": list(retention.tasks),

@@ -105,12 +105,15 @@ def load_model(directory: Path, dtype: torch.dtype) -> Any:
     return model.to(device()).eval()
 
 
-def load(config: ModelConfig) -> Loaded:
-    """Load model and tokenizer as a recipe's `model` section says (adapters come later)."""
+def load(config: ModelConfig, *, trained: bool = True) -> Loaded:
+    """Load model and tokenizer as a recipe's `model` section says (adapters come later).
+
+    With full tuning the weights are in float32, unless the model is not to be `trained`.
+    """
     directory = model_directory(config.base, config.revision)
     tokenizer = load_tokenizer(directory, config.chat_template)
     dtype = compute_dtype(config.precision)
-    full = config.adapt.kind == "full"
+    full = trained and config.adapt.kind == "full"
     model = load_model(directory, torch.float32 if full else dtype)
     return Loaded(model, tokenizer, directory, dtype)
 

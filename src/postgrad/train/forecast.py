@@ -9,7 +9,7 @@ from typing import Any
 from postgrad import machine
 from postgrad.config import LoraConfig, Recipe
 from postgrad.data.dataset import Dataset
-from postgrad.data.lengths import keep_usable
+from postgrad.data.lengths import keep_chats, keep_usable
 from postgrad.data.render import Renderer
 from postgrad.errors import DataError
 from postgrad.estimate import (
@@ -33,6 +33,7 @@ from postgrad.train.plan import (
     resolve_train,
     with_eval_rows,
 )
+from postgrad.train.probe_rows import check_given_chats
 from postgrad.train.stream import Stream
 from postgrad.types import Split, Tokens
 
@@ -147,6 +148,7 @@ def forecast(recipe: Recipe, dataset: Dataset, directory: Path, tokenizer: Any) 
     method = _method(recipe, shape, card.has_bf16 if card else machine.has_native_bf16())
     recipe = with_eval_rows(recipe, len(dataset.of(Split.TRAIN)))
     renderer = Renderer(tokenizer, eos_token_ids=end_token_ids(directory))
+    check_given_chats(renderer, recipe)
     training, validation = (
         _rendered(recipe, dataset, renderer, split) for split in (Split.TRAIN, Split.VALIDATION)
     )
@@ -206,8 +208,8 @@ def _method(recipe: Recipe, shape: Shape, native_bf16: bool) -> Method:
 
 def _rendered(recipe: Recipe, dataset: Dataset, renderer: Renderer, split: Split) -> list[Tokens]:
     kept, _ = keep_usable(renderer.inspect_all(dataset.of(split)), recipe.data)
-    if split is Split.TRAIN:
-        kept += renderer.inspect_all(dataset.replay)
+    if split is Split.TRAIN and dataset.replay:
+        kept += keep_chats(renderer.inspect_all(dataset.replay), recipe.data.max_length)[0]
     rows = [rendering.tokens for rendering in kept if rendering.tokens is not None]
     if not rows:
         raise DataError(

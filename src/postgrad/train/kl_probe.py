@@ -5,27 +5,24 @@ last hidden states are kept where its head is frozen, else its logits.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from postgrad.config import DataConfig, LoraConfig
+from postgrad.config import LoraConfig
 from postgrad.data.batches import micro_batches
 from postgrad.data.dataset import example_from_row, example_to_row
-from postgrad.data.files import data_files
 from postgrad.data.generic_prompts import probe_prompts
-from postgrad.data.rows import read_file, refuse_or_drop
-from postgrad.errors import DataError, TrainingError
+from postgrad.errors import TrainingError
 from postgrad.model.divergence import forward_kl
 from postgrad.model.lora import disabled
 from postgrad.run import Run, read_jsonl
-from postgrad.sources import resolve
 from postgrad.train.base_answers import answer_as_base
+from postgrad.train.probe_rows import given_chats, usable_chats
 from postgrad.train.session import Session
 from postgrad.train.sft import KL_CHUNK, SupervisedFineTuning
-from postgrad.types import Conversation, Example, Message, Tokens
+from postgrad.types import Conversation, Message, Tokens
 
 ANSWER_TOKENS = 32
 """Longest answer of the base model to a request of the fixed probe set."""
@@ -38,7 +35,6 @@ FORWARD_SHARE = 0.6
 LoRA (0.62 measured on a 135M model, one thread of a CPU)."""
 MOST_BYTES = 2**30
 """What the base model's logits may take where they have to be kept."""
-_SHOWN = 20
 
 
 class KlProbe:
@@ -136,17 +132,18 @@ def open_kl_probe(session: Session, run: Run, packed: bool) -> KlProbe | None:
     config = session.recipe.train
     if config.kl_probe is None:
         return None
-    if not run.probe_path.exists():
-        examples = (
-            answer_as_base(
-                session.loaded, session.renderer, affordable_prompts(session, packed), ANSWER_TOKENS
-            )
-            if config.kl_probe == "auto"
-            else _read(config.kl_probe)
-        )
+    auto, known = config.kl_probe == "auto", run.probe_path.exists()
+    if known:
+        examples = [example_from_row(row) for row in read_jsonl(run.probe_path)]
+    elif auto:
+        prompts = affordable_prompts(session, packed)
+        examples = answer_as_base(session.loaded, session.renderer, prompts, ANSWER_TOKENS)
+    else:
+        examples = given_chats(config)
+    longest = session.recipe.data.max_length
+    rows = usable_chats(session.renderer, examples, longest, given=not auto)
+    if not known:
         run.write_jsonl(run.probe_path, map(example_to_row, examples))
-    examples = [example_from_row(row) for row in read_jsonl(run.probe_path)]
-    rows = _usable(session, examples, given=config.kl_probe != "auto")
     if not rows:
         run.event("probe-empty", reason="the base model answers none of the probe's requests")
         if config.early_stopping and config.early_stopping.max_kl is not None:
@@ -185,38 +182,3 @@ def affordable_prompts(session: Session, packed: bool) -> tuple[str, ...]:
             break
         chosen.append(prompt)
     return tuple(chosen)
-
-
-def _read(uri: str) -> list[Example]:
-    """Read the user's chats, each with an id of its own."""
-    examples: list[Example] = []
-    for path in data_files(resolve(uri, "data"), uri):
-        found = read_file(path, DataConfig(train=uri))
-        refuse_or_drop(found.problems, "refuse")
-        examples += found.examples
-    if not examples:
-        raise DataError(f"train.kl_probe: {uri} has no rows", "give a file of chats")
-    return examples
-
-
-def _usable(session: Session, examples: Sequence[Example], given: bool) -> list[Tokens]:
-    """Render the rows; those that teach nothing are left out, or refused when they were given."""
-    rows, wrong = [], []
-    limit = session.recipe.data.max_length
-    for number, rendering in enumerate(session.renderer.inspect_all(examples)):
-        tokens, source = rendering.tokens, rendering.example.source
-        if tokens is None:
-            wrong.append(f"{source}: {rendering.problems[0].detail}")
-        elif len(tokens) > limit:
-            wrong.append(f"{source}: {len(tokens)} tokens, data.max_length is {limit}")
-        elif tokens.supervised == 0:
-            wrong.append(f"{source}: nothing in it is an answer")
-        else:
-            rows.append(replace(tokens, example_id=f"probe-{number}"))
-    if wrong and given:
-        more = [f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
-        raise DataError(
-            "\n".join(["rows of train.kl_probe cannot be used", *wrong[:_SHOWN], *more]),
-            "correct them, or leave them out",
-        )
-    return rows

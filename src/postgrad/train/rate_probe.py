@@ -103,20 +103,24 @@ def _try(
         return seen[-1]
 
     torch.manual_seed(session.recipe.seed)
-    fit(
-        session.model,
-        session.objective,
-        session.stream(packed, most=steps),
-        make_optimizer(session.model, config, rate),
-        lambda step: learning_rate(
-            step, whole, rate, config.lr_scheduler_type, config.warmup_ratio
-        ),
-        loop=Loop(steps, config.save_minutes * 60, config.save_total_limit, config.max_grad_norm),
-        run=inside,
-        validate=validate,
-        stopper=lambda state, step, held: observe(state, step, held, patience=None),
-        start=Progress(stopping=StoppingState(0, untrained.loss, untrained)),
-        display=display,
-    )
-    shutil.rmtree(inside.checkpoints)
+    try:
+        fit(
+            session.model,
+            session.objective,
+            session.stream(packed, most=steps),
+            make_optimizer(session.model, config, rate),
+            lambda step: learning_rate(
+                step, whole, rate, config.lr_scheduler_type, config.warmup_ratio
+            ),
+            loop=Loop(
+                steps, config.save_minutes * 60, config.save_total_limit, config.max_grad_norm
+            ),
+            run=inside,
+            validate=validate,
+            stopper=lambda state, step, held: observe(state, step, held, patience=None),
+            start=Progress(stopping=StoppingState(0, untrained.loss, untrained)),
+            display=display,
+        )
+    finally:
+        shutil.rmtree(inside.checkpoints, ignore_errors=True)
     return seen[-1]

@@ -1,5 +1,6 @@
 """Replay of the base model's own answers: generated once, before anything is trained."""
 
+from postgrad.config import Recipe
 from postgrad.data.dataset import Dataset, save_dataset
 from postgrad.data.replay import ANSWER_TOKENS, SELF, choose, self_prompts
 from postgrad.errors import DataError
@@ -9,16 +10,23 @@ from postgrad.train.base_answers import answer_as_base, renderer_of
 from postgrad.types import Split
 
 
+def needs_own_answers(recipe: Recipe, dataset: Dataset) -> bool:
+    """Whether the base model has yet to answer for itself."""
+    done = any(check.name == "replay" for check in dataset.checks)
+    return recipe.data.replay == SELF and not done
+
+
 def add_own_answers(run: Run, dataset: Dataset) -> tuple[Dataset, Loaded | None]:
     """Return the data with the replay that `data.replay: self` asks for, and the model if loaded.
 
     The answers go to data/replay.jsonl with the rest of the data; a resumed run finds them there.
+    That they are whole is said by the check `replay`, which is written last.
 
     Raises:
         DataError: The model answers none of the requests.
     """
     recipe = run.config
-    if recipe.data.replay != SELF or dataset.replay:
+    if not needs_own_answers(recipe, dataset):
         return dataset, None
     loaded = load(recipe.model)
     rows = len(dataset.of(Split.TRAIN))

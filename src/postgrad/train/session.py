@@ -12,7 +12,7 @@ import torch
 from postgrad.config import FullConfig, LoraConfig, Recipe
 from postgrad.data.batches import micro_batches
 from postgrad.data.dataset import Dataset
-from postgrad.data.lengths import keep_usable
+from postgrad.data.lengths import first_reason, keep_chats, keep_usable
 from postgrad.data.render import Renderer, Rendering
 from postgrad.errors import DataError, TrainingError
 from postgrad.estimate import activation_bytes_per_token
@@ -32,7 +32,7 @@ from postgrad.train.plan import (
 from postgrad.train.preflight import preflight
 from postgrad.train.sft import SupervisedFineTuning, has_plain_head, why_apart
 from postgrad.train.stream import Stream
-from postgrad.types import Batch, Check, Dropped, Example, Split, Tokens
+from postgrad.types import Batch, Check, Dropped, Split, Tokens
 
 PROBE_TOKENS = 1024
 PROBE_TURNS = 3
@@ -170,50 +170,21 @@ def _rows(
         if not tokens:
             raise DataError(
                 f"no {split} row is left (all {len(rendered)} were dropped for their length "
-                f"or refused by the chat template; the first: {_first(lost)})",
+                f"or refused by the chat template; the first: {first_reason(lost)})",
                 f"raise data.max_length (now {recipe.data.max_length}) or correct the rows",
             )
         if split is Split.VALIDATION and recipe.train.eval_rows is not None:
             assert recipe.train.eval_rows != "auto"
             tokens = _sample(tokens, recipe.train.eval_rows, recipe.data_seed)
         if split is Split.TRAIN and dataset.replay:
-            extra, unusable = _replay(recipe, dataset.replay, renderer)
+            chats = renderer.inspect_all(dataset.replay)
+            extra, unusable = keep_chats(chats, recipe.data.max_length)
             rendered, lost = [*rendered, *extra], [*lost, *unusable]
             tokens += tuple(r.tokens for r in extra if r.tokens is not None)
         found += rendered
         rows.append(tokens)
         dropped += lost
     return tuple(found), tuple(rows), tuple(dropped)
-
-
-def _replay(
-    recipe: Recipe, chats: Sequence[Example], renderer: Renderer
-) -> tuple[list[Rendering], list[Dropped]]:
-    """Render the chats; one that is too long or not whole is left out: another would do as well."""
-    kept: list[Rendering] = []
-    dropped: list[Dropped] = []
-    limit = recipe.data.max_length
-    for found in renderer.inspect_all(chats):
-        reason = found.problems[0].detail if found.problems else ""
-        if found.tokens is not None and not reason:
-            long = len(found.tokens) > limit
-            reason = f"{len(found.tokens)} tokens, data.max_length is {limit}" if long else ""
-            reason = reason or ("" if found.tokens.supervised else "nothing in it is an answer")
-        if reason:
-            name, source = found.example.id, found.example.source
-            dropped.append(Dropped(name, source, "replay", reason))
-        else:
-            kept.append(found)
-    if not kept:
-        raise DataError(
-            f"no row of data.replay can be trained on (the first: {_first(dropped)})",
-            "give other general chats, or raise data.max_length",
-        )
-    return kept, dropped
-
-
-def _first(lost: Sequence[Dropped]) -> str:
-    return f"{lost[0].source}: {lost[0].reason}" if lost else "there were none"
 
 
 def _sample(rows: tuple[Tokens, ...], limit: int, seed: int) -> tuple[Tokens, ...]:
