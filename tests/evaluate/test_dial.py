@@ -311,7 +311,7 @@ def test_the_dials_of_runs_are_drawn_in_one_picture(copied, finished, tmp_path, 
     picture.unlink()
     write_evidence(copied, "dial/words", "base", read_evidence(copied, "dial/words", "base")[1:])
     assert cli.call(["compare", *runs[:2], "--picture", str(picture)]) == 2
-    assert "same validation rows and benchmark items" in capsys.readouterr().err
+    assert "the same base model, scorer, validation rows and" in capsys.readouterr().err
     assert not picture.exists()
 
 
