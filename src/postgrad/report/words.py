@@ -285,9 +285,11 @@ def warnings(report: Report) -> list[str]:
     tuned = evaluation.tuned if evaluation else None
     for reference in evaluation.references if evaluation and tuned else ():
         if tuned and reference.value >= tuned.low:
+            apart = points(reference.value - tuned.value)
             found.append(
                 f"A simpler model may do: {reference_name(reference)} is not below the tuned "
-                f"model's interval, {interval(tuned.low, tuned.high)}."
+                f"model's interval, {interval(tuned.low, tuned.high)}; the two are {apart} points "
+                "apart (reference minus tuned)."
             )
     return found
 
