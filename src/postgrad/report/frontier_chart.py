@@ -95,7 +95,11 @@ def _axes(
 def _margin(margin: float, x: Scale, y: Scale) -> Iterator[Html]:
     at = x(-margin)
     yield tag("line", class_="reference", x1=at, x2=at, y1=y.start, y2=y.end)
-    yield text(f"margin {MINUS}{margin:g}", at - 6, y.end + 12, "reference", "end")
+    yield text(_margin_name(margin), at - 6, y.end + 12, "reference", "end")
+
+
+def _margin_name(margin: float) -> str:
+    return f"margin {MINUS}{margin:g}"
 
 
 def _series(frontier: Frontier, number: int, several: bool, x: Scale, y: Scale) -> Iterator[Html]:
@@ -151,10 +155,13 @@ def _label(point: FrontierPoint) -> str:
 def _labels(
     frontiers: Sequence[tuple[str, Frontier]], x: Scale, y: Scale, width: int
 ) -> Iterator[Html]:
-    """Yield a label beside every dot where it covers neither a dot nor another label."""
+    """Yield a label beside every dot where it covers no dot, no other label, no margin's name."""
     marked = [(p, p.place.name == f.chosen) for _, f in frontiers for p in f.points]
     spots = [(x(100 * p.retention), y(100 * p.target)) for p, _ in marked]
     taken = [_Box(at - 8, up - 8, at + 8, up + 8) for at, up in spots]
+    for margin in {f.margin for _, f in frontiers}:
+        name = _margin_name(margin)
+        taken.append(_box(x(-margin) - 6, y.end + 12, "end", len(name) * 1.2 * _CHARACTER))
     crossed = [box for _, f in frontiers for line in _paths(f, x, y) for box in _along(line)]
     for (point, is_chosen), (at, up) in zip(marked, spots, strict=True):
         label = _label(point)
