@@ -3,7 +3,7 @@
 Usage: python gpu_worker.py SPEC.json. The spec's `job` is one of
 
     train   `postgrad.train.fit.fit` on a model with random weights: model and run (directories),
-            kind, rows, tokens_per_batch, micro_batch_tokens, steps, warmup_steps, compile
+            kind, rows, tokens_per_batch, micro_batch_tokens, steps, warmup_steps, compile, graphs
     bound   the matrix products of the model's own shapes: model
     save    a model with random weights, written to its directory: model
 """
@@ -27,6 +27,7 @@ from postgrad.model.load import device
 from postgrad.progress import SilentDisplay
 from postgrad.run import create_run
 from postgrad.train.fit import Loop, Probe, fit
+from postgrad.train.graphs import Graphs
 from postgrad.train.held_out import Validation
 from postgrad.train.optimizer import make_optimizer
 from postgrad.train.sft import SupervisedFineTuning
@@ -68,6 +69,9 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     held_out = Validation(rows[:2], spec["micro_batch_tokens"], packed=True)
     objective = SupervisedFineTuning()
     compiled.switch(spec["compile"])
+    graphs = None
+    if spec["graphs"] and model.device.type == "cuda":
+        graphs = Graphs(max(len(row) for row in rows), spec["micro_batch_tokens"])
     peak: dict[str, float] = {}
 
     def measure(step: int) -> dict[str, float]:
@@ -89,6 +93,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
             stopper=functools.partial(observe, patience=None),
             probes=[Probe("peak", spec["steps"], measure)],
             display=SilentDisplay(),
+            backward=graphs,
         )
     steps = [line for line in run.read_metrics() if "train/loss" in line]
     first, last = steps[spec["warmup_steps"] - 1], steps[-1]
@@ -102,6 +107,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
         "warmup_seconds": first["seconds"],
         "loading_seconds": loaded - began,
         "peak_device_bytes": peak.get("bytes"),
+        "graphs": graphs and {**graphs.counts(), "reason": graphs.reason},
         "first_loss": steps[0]["train/loss"],
         "last_loss": steps[-1]["train/loss"],
     }

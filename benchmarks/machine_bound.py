@@ -76,17 +76,19 @@ def _seconds(a: Tensor, b: Tensor) -> float:
     The result is written to memory that is there already.
     """
     result = torch.empty(len(a), b.shape[1], dtype=a.dtype, device=a.device)
-    torch.mm(a, b, out=result)
     windows = []
-    for _ in range(WINDOWS):
+    count = 1
+    for window in range(2 + WINDOWS):
         _finish(a)
         began = time.perf_counter()
-        count = 0
-        while count == 0 or time.perf_counter() - began < WINDOW_SECONDS:
+        for _ in range(count):
             torch.mm(a, b, out=result)
-            count += 1
         _finish(a)
-        windows.append((time.perf_counter() - began) / count)
+        each = (time.perf_counter() - began) / count
+        if window < 2:  # the first call prepares, the second says how many fill a window
+            count = 1 if window == 0 else max(1, round(WINDOW_SECONDS / each))
+        else:
+            windows.append(each)
     return min(windows)
 
 

@@ -81,7 +81,17 @@ class Training:
         steps = range(len(self.stream))
         return sum(batch.supervised for step in steps for batch in self.stream.step(step))
 
-    def go(self, *, start=None, patience=None, min_delta="1se", probes=(), world=None, **loop):
+    def go(
+        self,
+        *,
+        start=None,
+        patience=None,
+        min_delta="1se",
+        probes=(),
+        world=None,
+        backward=None,
+        **loop,
+    ):
         train = self.recipe.train
         steps = len(self.stream)
         settings = {"eval_steps": 4, "max_grad_norm": train.max_grad_norm, **loop}
@@ -99,6 +109,7 @@ class Training:
                 probes=probes,
                 start=start,
                 world=world,
+                backward=backward,
             )
 
 

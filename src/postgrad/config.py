@@ -192,8 +192,10 @@ class TrainConfig(Section):
     when the smallest micro-batch (the longest row) would not fit without."""
     torch_compile: bool | Auto = "auto"
     """Compile norms, activations, rotary embeddings and the loss for a CUDA device, with Triton.
-    auto = when the predicted training time, from one timed micro-batch, is long enough for it to
-    pay; never on a CPU, which has kernels of its own."""
+    auto = when the training, predicted from one timed micro-batch, is long enough for it to pay."""
+    cuda_graphs: bool | Auto = "auto"
+    """Replay a packed micro-batch's passes as one CUDA graph. auto = on a CUDA device, unless
+    activations are recomputed; a model that cannot be recorded runs operation by operation."""
     eval_steps: PositiveInt | Auto = "auto"
     """Optimizer steps between two held-out losses. auto = ten evaluations in the whole run."""
     eval_rows: PositiveInt | Auto | None = "auto"

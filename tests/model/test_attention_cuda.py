@@ -196,4 +196,5 @@ def test_on_a_device_it_equals_the_definition(cuda, lengths, heads, kv_heads, wi
     pairs = [(out, wanted), *zip(gradients(out, given), gradients(wanted, exact), strict=True)]
     for ours, theirs in pairs:
         assert ours.dtype == dtype
-        assert (ours.double().cpu() - theirs).norm() <= limit * theirs.norm() + 1e-6
+        # one token sees itself alone: the exact gradients of its query and key are zero
+        assert (ours.double().cpu() - theirs).norm() <= limit * theirs.norm().clamp(min=1)

@@ -72,7 +72,7 @@ def test_the_host_waits_once_in_a_step(cuda, tiny_model_dir, tmp_path, monkeypat
                     return function(*arguments)
                 finally:
                     torch.cuda.set_sync_debug_mode("default")
-                    waits.extend(w for w in caught if "synchroniz" in str(w.message))
+                    waits.extend(w for w in caught if "called a synchronizing" in str(w.message))
 
         return run
 

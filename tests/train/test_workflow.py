@@ -41,6 +41,7 @@ FACTS = {
     "micro_batch_tokens",
     "gradient_checkpointing",
     "torch_compile",
+    "cuda_graphs",
     "threads",
     "attention_bucket_tokens",
     "precision",
@@ -105,6 +106,9 @@ def test_on_a_cpu_nothing_is_compiled_for_a_device(tiny_model_dir, tmp_path, mon
     (tmp_path / "again").mkdir()
     with pytest.raises(TrainingError, match="no CUDA device with Triton"):
         prepare(tiny_model_dir, tmp_path / "again", torch_compile=True)
+    assert session.recipe.train.cuda_graphs is False
+    with pytest.raises(TrainingError, match="cuda_graphs is true, but there is no CUDA device"):
+        prepare(tiny_model_dir, tmp_path / "again", cuda_graphs=True)
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(10.0, False), (36_000.0, True)])

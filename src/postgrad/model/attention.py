@@ -3,7 +3,7 @@
 - bucketed (buckets.py): documents of similar length gathered into one batched matrix product.
 - flash: one scaled_dot_product_attention call per document.
 - blocked window: a long document under a sliding window, a block of queries at a time.
-- varlen (attention_cuda.py): all documents in one call of torch's flash kernel on a CUDA device.
+- varlen, dense (attention_cuda.py): all documents in one call of a kernel on a CUDA device.
 
 All compute `layout.reference_attention`, and `_realise` chooses among them. They are registered in
 Transformers' `AttentionInterface`, so that any hub model uses them unchanged; what a model asks for
@@ -13,6 +13,7 @@ that none of them computes is refused by name.
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,12 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from postgrad.errors import ModelError
-from postgrad.model.attention_cuda import varlen_attention, varlen_kernel
+from postgrad.model.attention_cuda import (
+    dense_attention,
+    dense_pays,
+    varlen_attention,
+    varlen_kernel,
+)
 from postgrad.model.buckets import bucketed_attention
 from postgrad.model.fused import fused_layers
 from postgrad.model.layout import Layout, layout_of_positions
@@ -82,7 +88,7 @@ def packed_attention(
     if layout is None and batch == 1 and position_ids is not None:
         layout = layout_of_positions(position_ids[0].tolist())
     layout = layout or Layout((length,) * batch)
-    layout = Layout(layout.lengths, sliding_window, layout.shared_prefix)
+    layout = replace(layout, window=sliding_window)
     q, k, v = (
         x.transpose(1, 2).reshape(batch * length, x.shape[1], x.shape[3])
         for x in (query, key, value)
@@ -128,9 +134,11 @@ def _realise(
         if dropout:
             raise _unsupported("the model drops out capped attention scores (attention_dropout)")
         return bucketed_attention(q, k, v, layout, layout.tokens, scale, softcap)
-    by_varlen = q.is_cuda and not dropout and not layout.shared_prefix
-    if by_varlen and (kernel := varlen_kernel(q, layout)) is not None:
-        return varlen_attention(kernel, q, k, v, layout, scale)
+    if q.is_cuda and not dropout and not layout.shared_prefix:
+        if dense_pays(q, layout):
+            return dense_attention(q, k, v, layout, scale)
+        if (kernel := varlen_kernel(q, layout)) is not None:
+            return varlen_attention(kernel, q, k, v, layout, scale)
     if layout.window is not None:
         limit = min(limit, max(WINDOW_BUCKETS, 2 * layout.window))
     if dropout or q.device.type != "cpu" or min(layout.spans) > limit:

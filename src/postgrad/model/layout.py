@@ -6,7 +6,7 @@ builds a mask of S x S.
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,6 +29,10 @@ class Layout:
     window: int | None = None
     shared_prefix: bool = False
     """Whether the first document continues in all others."""
+    ends: Tensor | None = field(default=None, compare=False, repr=False)
+    """[D + 1] int32, 0 and where each document ends, on the device: read there in place of
+    `lengths`, so that a recorded graph (train/graphs.py) serves other documents. `lengths` then
+    only says T and the longest. The last documents may be empty."""
 
     def __post_init__(self) -> None:
         """Leave out a window that hides nothing."""

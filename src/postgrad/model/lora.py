@@ -56,17 +56,31 @@ an adapter is read from the weights, so that every way of choosing them is under
 
 
 class _LoraFunction(torch.autograd.Function):
-    """y = x Wᵀ + b + s (x Aᵀ) Bᵀ with W frozen: saves x and x Aᵀ only."""
+    """y = x Wᵀ + b + s (x Aᵀ) Bᵀ with W frozen: saves x and x Aᵀ only.
+
+    On a CUDA device the small product comes first and the large one adds to it: what the small one
+    alone would have to read again is read while the large one multiplies.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        cast: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        a_cast, b_cast = a.to(x.dtype), (b * scale).to(x.dtype)
+        a_cast, b_cast = cast or (a.to(x.dtype), (b * scale).to(x.dtype))
         low = flat @ a_cast.t()
-        y = functional.linear(flat, weight, bias)
-        y.addmm_(low, b_cast.t())
+        if flat.is_cuda and bias is None:
+            y = (low @ b_cast.t()).addmm_(flat, weight.t())
+        else:
+            y = functional.linear(flat, weight, bias)
+            y.addmm_(low, b_cast.t())
         ctx.save_for_backward(flat, low, weight, a_cast, b_cast)
         ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, a.dtype
         return y.view(*x.shape[:-1], -1)
@@ -76,12 +90,22 @@ class _LoraFunction(torch.autograd.Function):
         flat, low, weight, a, b = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
         grad_low = grad @ b
-        grad_b = (grad.t() @ low).to(ctx.dtype).mul_(ctx.scale)
-        grad_a = (grad_low.t() @ flat).to(ctx.dtype)
+        grad_b = _product(grad.t(), low, ctx.dtype).mul_(ctx.scale)
+        grad_a = _product(grad_low.t(), flat, ctx.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ weight).addmm_(grad_low, a).view(ctx.shape)
-        return grad_x, None, None, grad_a, grad_b, None
+            if grad.is_cuda:
+                grad_x = (grad_low @ a).addmm_(grad, weight).view(ctx.shape)
+            else:
+                grad_x = (grad @ weight).addmm_(grad_low, a).view(ctx.shape)
+        return grad_x, None, None, grad_a, grad_b, None, None
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a @ b in `dtype`; a CUDA device need not round it to the factors' precision first."""
+    if a.is_cuda and a.dtype != dtype:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
 
 
 class LoraLinear(nn.Module):
@@ -102,7 +126,7 @@ class LoraLinear(nn.Module):
         self.dropout = config.lora_dropout
         self.enabled = True
         self.cast: tuple[Tensor, Tensor] | None = None
-        """Aᵀ and s Bᵀ in the precision of the frozen weight, inside `cast_once`."""
+        """A and s B in the precision of the frozen weight, inside `cast_once`."""
 
     @property
     def weight(self) -> Tensor:
@@ -113,16 +137,22 @@ class LoraLinear(nn.Module):
         """Return base(x) plus the scaled update; x [..., in] -> [..., out]."""
         if not self.enabled:
             return self.base(x)  # type: ignore[no-any-return]
-        if self.cast is not None:
+        if self.cast is not None and not torch.is_grad_enabled():
             flat = x.reshape(-1, x.shape[-1])
             y = functional.linear(flat, self.base.weight, self.base.bias)
-            return y.addmm_(flat @ self.cast[0], self.cast[1]).view(*x.shape[:-1], -1)
+            return y.addmm_(flat @ self.cast[0].t(), self.cast[1].t()).view(*x.shape[:-1], -1)
         if self.dropout and self.training:
             dropped = functional.dropout(x, self.dropout).to(x.dtype)
             low = dropped @ self.lora_A.to(x.dtype).t()
             return self.base(x) + low @ (self.lora_B * self.scale).to(x.dtype).t()  # type: ignore[no-any-return]
         return _LoraFunction.apply(  # type: ignore[no-untyped-call,no-any-return]
-            x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scale
+            x,
+            self.base.weight,
+            self.base.bias,
+            self.lora_A,
+            self.lora_B,
+            self.scale,
+            self.cast,
         )
 
     def delta(self) -> Tensor:
@@ -205,11 +235,24 @@ def scaled(model: Any, factor: float) -> Iterator[None]:
 
 @contextmanager
 def cast_once(model: Any) -> Iterator[None]:
-    """Cast the adapters once, not in every forward pass: for inference, with equal results."""
+    """Cast the adapters once, all together, not in every forward pass; results are equal.
+
+    The weights must not move inside the block.
+    """
     layers = list(lora_layers(model).values())
-    for layer in layers:
-        dtype = layer.base.weight.dtype
-        layer.cast = layer.lora_A.to(dtype).t(), (layer.lora_B * layer.scale).to(dtype).t()
+    if not layers:
+        yield
+        return
+    with torch.no_grad():
+        update = torch._foreach_mul([n.lora_B for n in layers], [n.scale for n in layers])
+        wide = [*(layer.lora_A for layer in layers), *update]
+        low = [
+            torch.empty_like(x, dtype=layer.base.weight.dtype)
+            for x, layer in zip(wide, [*layers, *layers], strict=True)
+        ]
+        torch._foreach_copy_(low, wide)
+    for layer, a, b in zip(layers, low, low[len(layers) :], strict=False):
+        layer.cast = a, b
     try:
         yield
     finally:

@@ -24,8 +24,11 @@ from postgrad.train.objective import Objective
 from postgrad.train.optimizer import trainable
 from postgrad.train.stopping import HeldOut, StoppingState
 from postgrad.train.stream import Stream
-from postgrad.types import Batch
+from postgrad.types import Batch, LossSum
 
+Backward = Callable[[Any, Any, Batch, float], LossSum]
+"""Adds the gradients of a micro-batch's loss sum over a weight to the parameters' own, given model,
+objective, batch and weight; returns the loss sum."""
 Stopper = Callable[[StoppingState | None, int, HeldOut], tuple[StoppingState, float]]
 
 
@@ -63,6 +66,7 @@ def fit(
     start: Progress | None = None,
     world: World | None = None,
     display: Display | None = None,
+    backward: Backward | None = None,
 ) -> Progress:
     """Train until the stream ends or the stopper says so; returns where training stopped.
 
@@ -74,6 +78,7 @@ def fit(
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint was saved first.
     """
     world, display = world or World(), display or SilentDisplay()
+    backward = backward or one_backward
     progress = start or Progress()
     parameters = list(trainable(model).values())
     began = time.monotonic() - progress.seconds
@@ -88,7 +93,7 @@ def fit(
             rate = schedule(progress.step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            sums = _accumulate(model, objective, micro, parameters, world)
+            sums = _accumulate(model, objective, micro, parameters, world, backward)
             batches.prepare(progress.step + 1)
             loss, norm, terms = _update(
                 model, objective, micro, parameters, optimizer, loop.max_grad_norm, sums
@@ -129,12 +134,20 @@ def fit(
     return progress
 
 
+def one_backward(model: Any, objective: Objective, batch: Batch, weight: float) -> LossSum:
+    """Compute a micro-batch and its gradients, operation by operation."""
+    loss = objective(model, batch)
+    (loss.total / weight).backward()
+    return loss
+
+
 def _accumulate(
     model: Any,
     objective: Objective,
     micro: Sequence[Batch],
     parameters: Sequence[torch.nn.Parameter],
     world: World,
+    backward: Backward,
 ) -> Tensor:
     """Sum losses and gradients of a step over micro-batches and ranks.
 
@@ -152,8 +165,7 @@ def _accumulate(
     parts = objective.terms
     totals = torch.zeros(1 + len(parts), dtype=torch.float64, device=parameters[0].device)
     for batch in micro[world.rank :: world.size]:
-        loss = objective(model, batch)
-        (loss.total / weight).backward()
+        loss = backward(model, objective, batch, weight)
         totals[0] += loss.total.detach()
         for index, term in enumerate(parts, 1):
             totals[index] += loss.terms[term]

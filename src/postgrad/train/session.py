@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from postgrad.config import FullConfig, LoraConfig, Recipe
+from postgrad.config import FullConfig, LoraConfig, Recipe, TrainConfig
 from postgrad.data.batches import micro_batches
 from postgrad.data.dataset import Dataset
 from postgrad.data.lengths import first_reason, keep_chats, keep_usable
@@ -228,7 +228,7 @@ def _resolved(session: Session) -> Session:
     every = train.eval_steps if train.eval_steps != "auto" else auto_eval_steps(steps)
     compiling = _compiling(session)
     compiled.switch(compiling)
-    found = {"eval_steps": every, "torch_compile": compiling}
+    found = {"eval_steps": every, "torch_compile": compiling, "cuda_graphs": _graphs(train)}
     return _with(session, session.recipe.train.model_copy(update=found))
 
 
@@ -243,6 +243,15 @@ def _compiling(session: Session) -> bool:
             "set it to auto or false",
         )
     return choice
+
+
+def _graphs(train: TrainConfig) -> bool:
+    """Whether micro-batches are recorded as graphs; recomputing reads the state of a generator."""
+    on_cuda, choice = device().type == "cuda", train.cuda_graphs
+    if choice is True and (not on_cuda or train.gradient_checkpointing):
+        reason = "activations are recomputed" if on_cuda else "there is no CUDA device here"
+        raise TrainingError(f"train.cuda_graphs is true, but {reason}", "set it to auto or false")
+    return bool(choice) and on_cuda and not train.gradient_checkpointing
 
 
 def _with_attention(session: Session) -> Session:

@@ -3,6 +3,8 @@
 With `kl_weight` the distance to the base, KL(base || tuned), is added at the same positions.
 """
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +15,11 @@ from torch.nn import functional
 
 from postgrad.data.batches import micro_batches
 from postgrad.errors import ModelError
+from postgrad.model import lora
 from postgrad.model.attention import is_ours, training_attention
 from postgrad.model.divergence import cross_entropy_and_kl, forward_kl
 from postgrad.model.fused import cross_entropy
 from postgrad.model.layout import Layout
-from postgrad.model.lora import disabled
 from postgrad.model.transfer import on_device
 from postgrad.types import Batch, IntArray, LossSum, Tokens
 
@@ -122,6 +124,30 @@ class _FusedCrossEntropyAndKl(torch.autograd.Function):
 
 
 @dataclass(frozen=True, slots=True)
+class Room:
+    """Sizes that micro-batches are padded to, so that many have the same (graphs.py)."""
+
+    tokens: int
+    """T of a packed row."""
+    documents: int
+    longest: int
+    """Tokens of the longest document, the one that pads the row included."""
+    positions: int
+    """N, supervised positions."""
+    dense: bool = False
+    """All documents are equally long and fill the row: they keep their own layout."""
+
+    def layout(self, lengths: Sequence[int], device: torch.device) -> Layout:
+        """Return a layout whose documents are read on the device; `lengths` add up to T."""
+        ends = np.full(self.documents + 1, self.tokens, np.int32)
+        ends[: len(lengths) + 1] = np.cumsum((0, *lengths))
+        longest = min(self.longest, self.tokens)
+        whole, rest = divmod(self.tokens, longest)
+        said = (longest,) * whole + ((rest,) if rest else ())
+        return Layout(said, ends=on_device(ends, device))
+
+
+@dataclass(frozen=True, slots=True)
 class Positions:
     """What the model gets for a batch, and its supervised positions."""
 
@@ -160,25 +186,38 @@ class SupervisedFineTuning:
         gradients and in the sums of documents there is none of it.
         """
         at = self.positions(model, batch)
+        if not per_document:
+            return self.loss(model, at, batch.supervised)
         device = at.flat.device
-        if self.kl_weight and torch.is_grad_enabled() and not per_document:
-            return self._with_kl(model, batch, at)
         with self.precision(device):
             total, losses = self._losses(model, at)
-        sums = None
-        if per_document:
-            rows, columns = np.nonzero(batch.weights)
-            document = on_device(batch.documents[rows, columns], device)
-            sums = torch.zeros(len(batch.example_ids), dtype=torch.float64, device=device)
-            sums.index_add_(0, document, (losses * at.weights)[: len(rows)].double())
+        rows, columns = np.nonzero(batch.weights)
+        document = on_device(batch.documents[rows, columns], device)
+        sums = torch.zeros(len(batch.example_ids), dtype=torch.float64, device=device)
+        sums.index_add_(0, document, (losses * at.weights)[: len(rows)].double())
         return LossSum(total, batch.supervised, sums)
 
-    def positions(self, model: Any, batch: Batch) -> Positions:
-        """Return what the model gets and where it has to answer, on its device."""
+    def loss(self, model: Any, at: Positions, supervised: float) -> LossSum:
+        """Return the loss sum of positions that are on the device; their weights add up to that."""
+        if not torch.is_grad_enabled():
+            with self.precision(at.flat.device):
+                return LossSum(self._losses(model, at)[0], supervised)
+        cast = lora.cast_once(model) if at.flat.is_cuda else nullcontext()
+        with cast, self.precision(at.flat.device):
+            if self.kl_weight:
+                return self._with_kl(model, at, supervised)
+            return LossSum(self._losses(model, at)[0], supervised)
+
+    def positions(self, model: Any, batch: Batch, room: Room | None = None) -> Positions:
+        """Return what the model gets and where it has to answer, on its device.
+
+        With `room`, padded to its sizes.
+        """
         device = model.get_input_embeddings().weight.device
         rows, columns = np.nonzero(batch.weights)
-        spare = (0, -len(rows) % POSITION_MULTIPLE)
-        inputs, place = model_inputs(batch, device, self.share_prefix and is_ours(model))
+        spare = (0, -len(rows) % POSITION_MULTIPLE if room is None else room.positions - len(rows))
+        share = self.share_prefix and is_ours(model)
+        inputs, place = model_inputs(batch, device, share, room)
         flat, labels, weights = (
             on_device(np.pad(values[rows, columns], spare), device)
             for values in (place, batch.labels, batch.weights)
@@ -215,7 +254,7 @@ class SupervisedFineTuning:
         losses = functional.cross_entropy(outputs.float(), at.labels, reduction="none")
         return (losses * at.weights).sum(dtype=torch.float64), losses.detach()
 
-    def _with_kl(self, model: Any, batch: Batch, at: Positions) -> LossSum:
+    def _with_kl(self, model: Any, at: Positions, supervised: float) -> LossSum:
         base = self._base_outputs(model, at)
         outputs = self.outputs(model, at)
         if self.fused:
@@ -229,13 +268,13 @@ class SupervisedFineTuning:
             kl = forward_kl(base, outputs)
             total = ((losses + self.kl_weight * kl) * at.weights).sum(dtype=torch.float64)
         sums = ((of.detach() * at.weights).sum(dtype=torch.float64) for of in (losses, kl))
-        return LossSum(total, batch.supervised, terms=dict(zip(self.terms, sums, strict=True)))
+        return LossSum(total, supervised, terms=dict(zip(self.terms, sums, strict=True)))
 
     def _base_outputs(self, model: Any, at: Positions) -> Tensor:
         """Return the outputs of the base: adapters off, no dropout, no gradient."""
         was_training = model.training
         model.eval()
-        with torch.no_grad(), disabled(model):
+        with torch.no_grad(), lora.disabled(model):
             found = self.outputs(model, at)
         model.train(was_training)
         return found
@@ -254,7 +293,9 @@ def has_plain_head(model: Any) -> bool:
         return torch.allclose(head(hidden).float(), logits, rtol=1e-5, atol=1e-5)
 
 
-def model_inputs(batch: Batch, device: Any, share: bool = False) -> tuple[dict[str, Any], IntArray]:
+def model_inputs(
+    batch: Batch, device: Any, share: bool = False, room: Room | None = None
+) -> tuple[dict[str, Any], IntArray]:
     """Return what the model gets (ids, positions, the layout of the rows) and where it answers.
 
     Padded rows are documents of equal length. Without a layout attention would look for documents
@@ -266,6 +307,7 @@ def model_inputs(batch: Batch, device: Any, share: bool = False) -> tuple[dict[s
         batch: R rows of S tokens.
         device: where the model is.
         share: what all documents of a packed row begin with is given once.
+        room: sizes to pad a packed row to.
 
     Returns:
         The keywords, and [R, S]: which of the model's hidden states, rows one after another,
@@ -283,6 +325,8 @@ def model_inputs(batch: Batch, device: Any, share: bool = False) -> tuple[dict[s
         ids, positions = ids[own][None], positions[own][None]
         lengths = (prefix, *(each - prefix for each in lengths))
     spare = -ids.shape[1] % row_multiple(ids.shape[1]) if batch.packed else 0
+    if room is not None:
+        spare = room.tokens - ids.shape[1]
     if spare:
         ids = np.pad(ids, ((0, 0), (0, spare)))
         # nothing reads these; a position that the model may not know would still be looked up
@@ -296,6 +340,8 @@ def model_inputs(batch: Batch, device: Any, share: bool = False) -> tuple[dict[s
     }
     lengths = lengths if batch.packed else (length,) * rows
     inputs["layout"] = Layout(lengths, shared_prefix=prefix > 0)
+    if room is not None and not room.dense:
+        inputs["layout"] = room.layout(lengths, device)
     return inputs, place
 
 

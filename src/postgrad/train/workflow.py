@@ -18,6 +18,7 @@ from postgrad.progress import Display
 from postgrad.run import Run
 from postgrad.train.checkpoint import Progress, load_weights, resume, save_weights
 from postgrad.train.fit import Loop, fit
+from postgrad.train.graphs import Graphs
 from postgrad.train.held_out import Validation
 from postgrad.train.kl_probe import KlProbe, open_kl_probe
 from postgrad.train.memory import peak_memory
@@ -62,6 +63,7 @@ def train_model(session: Session, run: Run, packed: bool, display: Display) -> d
     if not session.objective.fused:
         run.event("logits-kept", reason="this model scales or caps its logits")
     stopping = config.early_stopping
+    graphs = open_graphs(session, packed)
     with session.attention(), peak_memory(session.model.device) as memory:
         progress = fit(
             session.model,
@@ -87,9 +89,21 @@ def train_model(session: Session, run: Run, packed: bool, display: Display) -> d
             ),
             start=start,
             display=display,
+            backward=graphs,
         )
         restored = restore_best(session, run, validation, progress)
+    if graphs is not None:
+        run.event("cuda-graphs", **graphs.counts(), reason=graphs.reason)
     return _facts(session, run, progress, restored, memory.bytes, len(stream), packed)
+
+
+def open_graphs(session: Session, packed: bool) -> Graphs | None:
+    """Return what records micro-batches as CUDA graphs, where the resolved recipe says so."""
+    train = session.recipe.train
+    if not train.cuda_graphs or not packed:
+        return None
+    assert isinstance(train.micro_batch_tokens, int)
+    return Graphs(max(len(row) for row in session.training), train.micro_batch_tokens)
 
 
 def _measurement(
@@ -163,6 +177,7 @@ def _facts(
         "micro_batch_tokens": train.micro_batch_tokens,
         "gradient_checkpointing": train.gradient_checkpointing,
         "torch_compile": train.torch_compile,
+        "cuda_graphs": train.cuda_graphs,
         "threads": train.threads,
         "attention_bucket_tokens": train.attention_bucket_tokens,
         "precision": str(session.loaded.dtype).removeprefix("torch."),

@@ -1,0 +1,185 @@
+"""Micro-batches replayed as graphs: the same losses and weights as operation by operation.
+
+CUDA records the graphs (tests marked gpu). Elsewhere a stand-in runs the recorded passes again on
+the tensors that a graph would read, which shows that everything a micro-batch differs in is copied
+there, and that padding to common sizes changes nothing.
+"""
+
+import pytest
+import torch
+
+from postgrad.data.batches import micro_batches
+from postgrad.model import attention
+from postgrad.model.attention_cuda import varlen_attention
+from postgrad.train import graphs as module
+from postgrad.train.graphs import Graphs, power_of_two
+from postgrad.train.sft import SupervisedFineTuning
+from postgrad.types import LossSum
+from training import load_model, make_rows, make_training, timeless, weights_of
+
+LONGEST, CAPACITY = 40, 96
+
+
+def flash(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """What the kernel of a device computes, from the ends of the documents alone."""
+    document = torch.bucketize(torch.arange(len(query)), cu_seq_q[1:], right=True)
+    seen = (document[:, None] == document) & torch.ones(len(query), len(query)).tril().bool()
+    k, v = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    scores = torch.einsum("thd,shd->hts", query, k) * scale
+    assert max_q >= int(cu_seq_q.diff().max())
+    return torch.einsum("hts,shd->thd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """A device that records; a list of the passes recorded."""
+    recorded = []
+
+    def capture(passes, pool):
+        loss = LossSum(torch.zeros((), dtype=torch.float64), 0.0)
+        recorded.append(passes)
+
+        def replay():
+            loss.total.copy_(passes().total)
+
+        return replay, loss
+
+    def realise(q, k, v, layout, scale, softcap, dropout, *, limit):
+        return varlen_attention(flash, q, k, v, layout, scale)
+
+    monkeypatch.setattr(module, "capture", capture)
+    monkeypatch.setattr(module, "free_bytes", lambda: 1 << 30)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(attention, "_realise", realise)
+    return recorded
+
+
+def trained(directory, folder, backward=None, **settings):
+    training = make_training(
+        directory, folder, epochs=3, capacity=CAPACITY, per_step=2 * CAPACITY, **settings
+    )
+    training.go(backward=backward)
+    return training
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_replayed_micro_batches_train_the_same(tiny_model_dir, tmp_path, recorder, full):
+    graphs = Graphs(LONGEST, CAPACITY)
+    ours = trained(tiny_model_dir, tmp_path / "graphs", graphs, full=full)
+    plain = trained(tiny_model_dir, tmp_path / "plain", full=full)
+    assert len(recorder) == len(graphs.recorded) > 0
+    assert graphs.replayed > graphs.other
+    assert graphs.reason == ""
+    for one, other in zip(timeless(ours.run), timeless(plain.run), strict=True):
+        assert one == pytest.approx(other, rel=2e-4)
+    for name, weight in weights_of(plain.model).items():
+        torch.testing.assert_close(weights_of(ours.model)[name], weight, atol=2e-3, rtol=1e-2)
+
+
+def test_gradients_stay_where_a_graph_adds_to_them(tiny_model_dir, tmp_path, recorder):
+    graphs, places = Graphs(LONGEST, CAPACITY), []
+
+    def watched(model, *rest):
+        loss = graphs(model, *rest)
+        places.append({p.grad.data_ptr() for p in model.parameters() if p.grad is not None})
+        return loss
+
+    trained(tiny_model_dir, tmp_path / "run", watched)
+    assert len(places) > 10
+    assert all(place == places[0] for place in places)
+
+
+def test_what_cannot_be_recorded_runs_operation_by_operation(
+    tiny_model_dir, tmp_path, recorder, monkeypatch
+):
+    def refused(passes, pool):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore words")
+
+    monkeypatch.setattr(module, "capture", refused)
+    graphs = Graphs(LONGEST, CAPACITY)
+    ours = trained(tiny_model_dir, tmp_path / "graphs", graphs)
+    plain = trained(tiny_model_dir, tmp_path / "plain")
+    assert graphs.reason == "operation not permitted when stream is capturing"
+    assert (graphs.recorded, graphs.replayed) == ({}, 0)
+    for one, other in zip(timeless(ours.run), timeless(plain.run), strict=True):
+        assert one == pytest.approx(other, rel=2e-4)
+
+
+def test_a_graph_that_leaves_no_room_for_another_pass_is_given_up(
+    tiny_model_dir, tmp_path, recorder, monkeypatch
+):
+    free = iter([100, 30, 30, 100, 30, 30])
+    monkeypatch.setattr(module, "free_bytes", lambda: next(free))
+    graphs = Graphs(LONGEST, CAPACITY)
+    trained(tiny_model_dir, tmp_path / "run", graphs)
+    assert "beside the graph" in graphs.reason
+    assert graphs.recorded == {}
+
+
+def test_padded_batches_are_left_alone(tiny_model_dir, tmp_path, recorder):
+    graphs = Graphs(LONGEST, CAPACITY)
+    trained(tiny_model_dir, tmp_path / "run", graphs, packed=False)
+    assert recorder == []
+    assert graphs.replayed == 0 < graphs.other
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_padded_row_has_the_loss_of_the_row(tiny_model_dir, seed, recorder):
+    model, objective = load_model(tiny_model_dir), SupervisedFineTuning()
+    rows = make_rows(1 + 2 * seed, seed=seed)
+    batch = micro_batches(rows, 1000, packed=True)[0]
+    room = Graphs(LONGEST, 300).room(batch)
+    assert room.tokens >= batch.tokens
+    assert room.tokens % 64 == 0
+    with attention.training_attention(model), torch.no_grad():
+        padded = objective.loss(model, objective.positions(model, batch, room), batch.supervised)
+        plain = objective(model, batch)
+    assert float(padded.total) == pytest.approx(float(plain.total), rel=1e-5)
+
+
+def test_sizes_are_few_and_hold_every_batch():
+    graphs, rooms = Graphs(LONGEST, 2720), set()
+    for seed in range(40):
+        for batch in micro_batches(make_rows(200, seed=seed), 2720, packed=True):
+            room = graphs.room(batch)
+            assert batch.tokens <= room.tokens <= max(1.05 * batch.tokens, batch.tokens + 128)
+            assert len(batch.lengths) < room.documents
+            assert int((batch.weights != 0).sum()) <= room.positions
+            rooms.add(room)
+    assert len(rooms) < module.MOST
+
+
+def test_rows_of_equal_documents_keep_their_own_layout():
+    rows = make_rows(4, shortest=64, longest=64)
+    room = Graphs(64, 256).room(micro_batches(rows, 256, packed=True)[0])
+    assert (room.dense, room.tokens, room.documents) == (True, 256, 4)
+
+
+@pytest.mark.parametrize(("number", "expected"), [(1, 1), (2, 2), (3, 4), (1024, 1024)])
+def test_powers_of_two(number, expected):
+    assert power_of_two(number) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_a_device_replays_what_it_recorded(cuda, tiny_model_dir, tmp_path, full):
+    """In bf16, 2 % of the loss: the flash kernel adds gradients in no fixed order."""
+    found = []
+    for graphs in (Graphs(LONGEST, CAPACITY), None):
+        training = make_training(
+            tiny_model_dir, tmp_path / str(graphs is None), epochs=3, capacity=CAPACITY,
+            per_step=2 * CAPACITY, full=full,
+        )  # fmt: skip
+        training.model.to(cuda)
+        if full:
+            training.objective = SupervisedFineTuning(autocast=True)
+        else:
+            for name, parameter in training.model.named_parameters():
+                if "lora_" not in name:
+                    parameter.data = parameter.data.to(torch.bfloat16)
+        training.go(backward=graphs, eval_steps=10**6)
+        found.append([x["train/loss"] for x in training.run.read_metrics() if "train/loss" in x])
+        if graphs is not None:
+            assert graphs.reason == ""
+            assert graphs.replayed > graphs.other
+    assert found[0] == pytest.approx(found[1], rel=2e-2)
