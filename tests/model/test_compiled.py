@@ -16,9 +16,6 @@ def cases(rows, dtype):
     """Name -> definition and arguments, on `rows` rows."""
     x, dy = (made(1, rows, 40, dtype=dtype, seed=s) for s in (1, 2))
     weight, scale = made(40, dtype=dtype, seed=3), made(rows, dtype=torch.float32, seed=4).abs()
-    q = made(rows, 3, 16, dtype=dtype, seed=5)
-    angles = made(rows, 8, dtype=torch.float32, seed=6).repeat(1, 2)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     logits, labels = made(rows, 101, dtype=dtype, seed=7), torch.arange(rows) % 101
     return {
         "norm": (fused.norm_forward, (x, weight, 1e-5)),
@@ -26,8 +23,6 @@ def cases(rows, dtype):
         "frozen norm gradient": (fused.norm_backward, (dy, x, weight, scale, False)),
         "swiglu": (fused.swiglu_forward, (x, dy)),
         "swiglu gradient": (fused.swiglu_backward, (dy, x, x + 1)),
-        "rotary": (fused.rotate, (q, cos, sin, 1.0)),
-        "rotary gradient": (fused.rotate, (q, cos, sin, -1.0)),
         "loss": (fused.cross_entropy_definition, (logits, labels, scale, False)),
         "loss gradient": (fused.cross_entropy_definition, (logits, labels, scale, True)),
     }
@@ -68,6 +63,21 @@ def test_compiled_definitions_equal_the_definitions_on_a_device(cuda, name, dtyp
         agree(name, rows, dtype, cuda)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "width"), [(1, 16), (9, 64), (32, 128), (3, 80)])
+def test_the_rotary_kernel_equals_the_definition(cuda, heads, width, dtype):
+    triton_kernels = pytest.importorskip("postgrad.model.triton_kernels")
+    for rows in (1, 7, 1000):
+        x = made(rows, heads, width, dtype=dtype, seed=5).to(cuda)
+        angles = made(rows, width // 2, dtype=torch.float32, seed=6).repeat(1, 2).to(cuda)
+        for sign in (1.0, -1.0):
+            ours = triton_kernels.rotate(x, angles.cos().to(dtype), angles.sin().to(dtype), sign)
+            wide = fused.rotate(x.double(), angles.cos().to(dtype), angles.sin().to(dtype), sign)
+            close = 1e-5 if dtype == torch.float32 else 1e-2
+            assert (ours - wide).abs().max() <= close * wide.abs().max()
+
+
 def test_tensors_of_a_cpu_never_go_to_the_compiler(monkeypatch):
     monkeypatch.setattr(compiled, "compiled", lambda definition: pytest.fail("compiled"))
     monkeypatch.setattr(kernels, "kernels", lambda: kernels.Kernels(None, "off"))
@@ -83,9 +93,12 @@ def test_on_a_device_definitions_are_compiled_when_switched_on(monkeypatch):
         is_cuda = True
 
     monkeypatch.setattr(compiled, "compiled", lambda definition: ("compiled", definition))
-    assert compiled.realised(fused.rotate, OnDevice()) is fused.rotate
+    assert compiled.realised(fused.swiglu_forward, OnDevice()) is fused.swiglu_forward
     compiled.switch(True)
     try:
-        assert compiled.realised(fused.rotate, OnDevice()) == ("compiled", fused.rotate)
+        assert compiled.realised(fused.swiglu_forward, OnDevice()) == (
+            "compiled",
+            fused.swiglu_forward,
+        )
     finally:
         compiled.switch(False)

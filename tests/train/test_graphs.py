@@ -183,3 +183,18 @@ def test_a_device_replays_what_it_recorded(cuda, tiny_model_dir, tmp_path, full)
             assert graphs.reason == ""
             assert graphs.replayed > graphs.other
     assert found[0] == pytest.approx(found[1], rel=2e-2)
+
+
+@pytest.mark.gpu
+def test_after_a_recording_that_failed_a_device_goes_on(cuda):
+    """Also its generator, which is in a state of its own while something is recorded."""
+    torch.manual_seed(3)
+    expected = torch.rand(5, device=cuda)
+    torch.manual_seed(3)
+
+    def reads_back():
+        return LossSum(torch.rand(5, device=cuda).sum().item(), 0.0)
+
+    with pytest.raises(RuntimeError):
+        module.capture(reads_back, torch.cuda.graph_pool_handle())
+    assert torch.rand(5, device=cuda).equal(expected)

@@ -1,9 +1,9 @@
 """The element-wise parts of a decoder layer, each in one pass: RMS norm, SwiGLU, rotary embedding.
 
 Every operation is an autograd function whose gradient is written out, with three realisations: the
-definition in tensor operations, which runs anywhere, one for CPUs (kernels.c), and the definition
-compiled for a CUDA device (compiled.py). The gradient keeps as little as it can: a norm its input
-and one number a row, an activation its inputs.
+definition in tensor operations, which runs anywhere, one for CPUs (kernels.c), and one for a CUDA
+device: the definition compiled (compiled.py) or a kernel in Triton (triton_kernels.py). The
+gradient keeps as little as it can: a norm its input and one number a row, an activation its inputs.
 
 `fused_layers` puts them into any Transformers model whose layers are proved, on numbers, to compute
 exactly these functions; layers that compute something else keep their own code.
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from postgrad.model.compiled import realised
+from postgrad.model.compiled import available, realised
 from postgrad.model.kernels import call, usable
 
 ROWS_PER_BLOCK = 64
@@ -137,21 +137,18 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
         y = torch.empty_like(x)
         call("rotary", x.dtype, x, cos, sin, y, sign, *x.shape)
         return y
-    return realised(rotate, x)(x, cos, sin, sign)  # type: ignore[no-any-return]
+    if x.is_cuda and available():
+        from postgrad.model.triton_kernels import rotate as by_triton
+
+        return by_triton(x, cos, sin, sign)
+    return rotate(x, cos, sin, sign)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    """Return x cos + sign rotate_half(x) sin.
-
-    rotate_half is written as an exchange of the halves and a change of sign: of that a compiler
-    makes two plain loads, of a concatenation two masked ones (on an H100 3.5 times the time that
-    the bytes need).
-    """
-    half = x.shape[-1] // 2
-    exchanged = x.unflatten(-1, (2, half)).flip(-2).flatten(-2)
-    signs = torch.where(torch.arange(2 * half, device=x.device) < half, -sign, sign)
-    turned: Tensor = exchanged * (sin * signs.to(sin.dtype)).unsqueeze(1)
-    return x * cos.unsqueeze(1) + turned
+    """Return x cos + sign rotate_half(x) sin."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1) * sign
+    return x * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

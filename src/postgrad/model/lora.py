@@ -24,6 +24,9 @@ from postgrad.errors import ModelError
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
+WIDE = 2048
+"""Inputs of a layer from which cuBLAS multiplies by A much faster when A lies column by column: on
+an H100 43 us against 21 for the same bytes (4,096 tokens, LOG.md)."""
 _NOTHING: tuple[Any, ...] = (None, False, [], {})
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -95,7 +98,8 @@ class _LoraFunction(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             if grad.is_cuda:
-                grad_x = (grad_low @ a).addmm_(grad, weight).view(ctx.shape)
+                wide = a if a.shape[1] < WIDE else a.t().contiguous().t()
+                grad_x = (grad_low @ wide).addmm_(grad, weight).view(ctx.shape)
             else:
                 grad_x = (grad @ weight).addmm_(grad_low, a).view(ctx.shape)
         return grad_x, None, None, grad_a, grad_b, None, None

@@ -138,7 +138,7 @@ def one_backward(model: Any, objective: Objective, batch: Batch, weight: float) 
     """Compute a micro-batch and its gradients, operation by operation."""
     loss = objective(model, batch)
     (loss.total / weight).backward()
-    return loss
+    return replace(loss, total=loss.total.detach())
 
 
 def _accumulate(
@@ -166,7 +166,7 @@ def _accumulate(
     totals = torch.zeros(1 + len(parts), dtype=torch.float64, device=parameters[0].device)
     for batch in micro[world.rank :: world.size]:
         loss = backward(model, objective, batch, weight)
-        totals[0] += loss.total.detach()
+        totals[0] += loss.total
         for index, term in enumerate(parts, 1):
             totals[index] += loss.terms[term]
     world.sum_gradients(parameters)

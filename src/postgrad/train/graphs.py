@@ -8,6 +8,7 @@ to where the graph reads them: tokens, positions, labels, and where documents en
 Source: CUDA graphs in PyTorch (pytorch.org/docs, "CUDA Graphs").
 """
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -81,8 +82,7 @@ class Graphs:
             self.replayed += 1
             return LossSum(recorded.loss.total, batch.supervised, terms=recorded.loss.terms)
         self.other += 1
-        loss = objective.loss(model, at, batch.supervised)
-        (loss.total / weight).backward()
+        loss = at_once(model, objective, at, batch.supervised, weight)
         if not self._gradients:
             self._gradients = {p: p.grad for p in trainable(model).values() if p.grad is not None}
         self._seen[room] += 1
@@ -125,12 +125,7 @@ class Graphs:
     ) -> None:
         """Record the passes for one size; where that fails, give up with the reason."""
         divisor = torch.ones((), dtype=torch.float64, device=at.flat.device)
-
-        def passes() -> LossSum:
-            loss = objective.loss(model, at, 0.0)
-            (loss.total / divisor).backward()
-            return LossSum(loss.total.detach(), 0.0, terms=loss.terms)
-
+        passes = functools.partial(at_once, model, objective, at, 0.0, divisor)
         try:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
@@ -146,11 +141,36 @@ class Graphs:
         self.recorded[room] = Recorded(replay, at, divisor, loss)
 
 
+def at_once(
+    model: Any,
+    objective: SupervisedFineTuning,
+    at: Positions,
+    supervised: float,
+    weight: float | Tensor,
+) -> LossSum:
+    """Compute positions and their gradients; nothing of autograd is left behind.
+
+    What is left of an earlier pass would be taken into the next one, with its stream, and break the
+    recording.
+    """
+    loss = objective.loss(model, at, supervised)
+    (loss.total / weight).backward()
+    return LossSum(loss.total.detach(), supervised, terms=loss.terms)
+
+
 def capture(passes: Callable[[], LossSum], pool: Any) -> tuple[Callable[[], None], LossSum]:
     """Record what `passes` does, without doing it; returns what does it, and where results are."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        loss = passes()
+    graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[0]
+    before = generator.get_state()
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            loss = passes()
+    except RuntimeError:
+        # a recording that breaks off leaves the generator in a state in which it refuses to draw
+        fresh = torch.Generator(generator.device)
+        fresh.set_state(before)
+        generator.graphsafe_set_state(fresh)
+        raise
     return graph.replay, loss
 
 
