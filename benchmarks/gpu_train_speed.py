@@ -43,6 +43,8 @@ CURVE_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
 """Mean difference of the losses of two curves that rounding explains, as a share of the mean loss.
 The reference is the CPU's float32 curve."""
 GOALS = {"llama-3-8b": "16,000 tok/s", "smollm2-360m": "3 x TRL", "smollm2-135m": "3 x TRL"}
+FP8_MODELS = ("llama-3-8b",)
+"""Models whose products are large enough for float8 to gain more than quantising costs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +216,7 @@ def distance(curve: Sequence[float], reference: Sequence[float]) -> float:
     return sum(differences) / sum(reference)
 
 
-def ours(bench: Bench, case: Case, compiling: bool) -> dict[str, Any]:
+def ours(bench: Bench, case: Case, compiling: bool, fp8: bool = False) -> dict[str, Any]:
     """Measure postgrad's own loop."""
     return bench.work(
         job="train",
@@ -226,6 +228,7 @@ def ours(bench: Bench, case: Case, compiling: bool) -> dict[str, Any]:
         steps=case.steps,
         warmup_steps=case.warmup_steps,
         compile=compiling,
+        fp8=fp8,
         run=str(bench.folder / f"run-{next(bench.counter)}"),
     )
 
@@ -330,6 +333,9 @@ def measure(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     work: list[tuple[Case, str, Callable[[], dict[str, Any]]]] = [
         (case, "postgrad", lambda case=case: ours(bench, case, can_compile)) for case in cases
     ]
+    for case in cases if can_compile and device.get("can_fp8") else ():
+        if case.model in FP8_MODELS:
+            work.append((case, "postgrad, fp8", lambda case=case: ours(bench, case, True, True)))
     for case in cases if python else ():
         for name, setting in peer_settings(case).items():
             work.append((case, name, lambda c=case, s=setting: peer(bench, python, c, s)))
