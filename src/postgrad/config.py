@@ -39,6 +39,7 @@ from postgrad.strict_yaml import apply_overrides, dump_yaml, key_lines, parse_ya
 
 __all__ = [
     "TARGET_GATE",
+    "ColumnsConfig",
     "DataConfig",
     "DialConfig",
     "EvaluateConfig",

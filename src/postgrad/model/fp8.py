@@ -1,10 +1,10 @@
 """Products with a frozen weight in float8: twice the rate of bf16 on the GPUs that have it.
 
-Values are float8_e4m3fn (Micikevicius et al. 2022, arXiv 2209.05433) with one float32 scale for each
-row, so that the largest of a row becomes 448 and an outlier costs its own row alone. Activations and
-gradients get their scales as they come. A weight is quantised once, and twice: by output for x Wᵀ, by
-input for the gradient g W, because torch._scaled_mm wants the second matrix column by column and
-scales along what is not summed over.
+Values are float8_e4m3fn (Micikevicius et al. 2022, arXiv 2209.05433) with a float32 scale for each
+row, so that the largest of a row becomes 448 and an outlier costs its own row alone. Activations
+and gradients get their scales as they come. A weight is quantised once, and twice: by output for
+x Wᵀ, by input for the gradient g W, because torch._scaled_mm wants the second matrix column by
+column and scales along what is not summed over.
 """
 
 import weakref
@@ -22,7 +22,7 @@ LEAST = 1e-30
 """A row's largest value counts as at least this: a row of zeros stays one, and no gradient is so
 small."""
 MULTIPLE = 16
-"""What torch._scaled_mm needs both widths of a weight to be a multiple of; rows are padded to it."""
+"""Both widths of a weight must be multiples of this for torch._scaled_mm; rows are padded."""
 LEAST_CAPABILITY = (8, 9)
 """Compute capability with float8 products: Ada; then Hopper and Blackwell."""
 
@@ -66,7 +66,7 @@ class Quantised:
 
 def quantised(x: Tensor) -> Quantised:
     """Quantise the rows of x [R, K]."""
-    return Quantised(*realised(quantise_definition, x)(x.contiguous()))
+    return Quantised(*realised(quantise_definition, x)(x.detach().contiguous()))
 
 
 def quantise_definition(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,13 +113,6 @@ class Fp8Weight:
             return None
         weight = weight.detach()
         return cls(quantised(weight), quantised(weight.t()), inputs)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that both copies take."""
-        tensors = (self.by_output.values, self.by_output.scales)
-        tensors += (self.by_input.values, self.by_input.scales)
-        return sum(tensor.nbytes for tensor in tensors)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return x Wᵀ + b [T, out] for x [..., in] of T rows in all."""

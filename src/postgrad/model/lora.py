@@ -136,7 +136,7 @@ class LoraLinear(nn.Module):
             dropped = functional.dropout(x, self.dropout).to(x.dtype)
             low = dropped @ self.lora_A.to(x.dtype).t()
             y = self.base(x) if fp8 is None else fp8.linear(x, self.base.bias)
-            return y + low @ (self.lora_B * self.scale).to(x.dtype).t()  # type: ignore[no-any-return]
+            return y + low @ (self.lora_B * self.scale).to(x.dtype).t()
         return _LoraFunction.apply(  # type: ignore[no-untyped-call,no-any-return]
             x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scale, fp8
         )
