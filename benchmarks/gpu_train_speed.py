@@ -39,10 +39,12 @@ from postgrad.model.load import model_directory
 RECIPE = HERE / "train_speed.yaml"
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 CURVE_STEPS = 20
-CURVE_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
+CURVE_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2, "fp8": 5e-2}
 """Mean difference of the losses of two curves that rounding explains, as a share of the mean loss.
 The reference is the CPU's float32 curve."""
 GOALS = {"llama-3-8b": "16,000 tok/s", "smollm2-360m": "3 x TRL", "smollm2-135m": "3 x TRL"}
+FP8_MODELS = ("llama-3-8b",)
+"""Models whose products are large enough for float8 to gain more than quantising costs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +160,7 @@ def device_tests(bench: Bench) -> dict[str, Any]:
     return {"passed": passed is not None, "detail": last}
 
 
-def loss_curves(bench: Bench, model: Path, can_compile: bool) -> dict[str, Any]:
+def loss_curves(bench: Bench, model: Path, can_compile: bool, can_fp8: bool) -> dict[str, Any]:
     """Train on the CPU and on the device with the same recipe; compare losses and isolation."""
     data = rows.write_rows(bench.folder / "rows.jsonl", "chat", 400, 7)
     wanted = {
@@ -166,6 +168,8 @@ def loss_curves(bench: Bench, model: Path, can_compile: bool) -> dict[str, Any]:
         "device fp32": ("fp32", "false", {}),
         "device bf16": ("bf16", "true" if can_compile else "false", {}),
     }
+    if can_fp8:
+        wanted["device fp8"] = ("bf16", wanted["device bf16"][1], {})
     curves: dict[str, list[float]] = {}
     isolated: dict[str, str] = {}
     for name, (precision, compiling, environment) in wanted.items():
@@ -176,6 +180,7 @@ def loss_curves(bench: Bench, model: Path, can_compile: bool) -> dict[str, Any]:
             "train.tokens_per_batch=4096", "train.micro_batch_tokens=4096", "data.max_length=4096",
             "train.waive=[held-out-size]",
             f"train.torch_compile={compiling}", "train.packing=on",
+            f"train.fp8={'true' if name.endswith('fp8') else 'false'}",
         ]  # fmt: skip
         bench.run(
             [sys.executable, "-m", "postgrad", "train", RECIPE, "--out", run, *settings],
@@ -214,7 +219,7 @@ def distance(curve: Sequence[float], reference: Sequence[float]) -> float:
     return sum(differences) / sum(reference)
 
 
-def ours(bench: Bench, case: Case, compiling: bool) -> dict[str, Any]:
+def ours(bench: Bench, case: Case, compiling: bool, fp8: bool = False) -> dict[str, Any]:
     """Measure postgrad's own loop."""
     return bench.work(
         job="train",
@@ -226,6 +231,7 @@ def ours(bench: Bench, case: Case, compiling: bool) -> dict[str, Any]:
         steps=case.steps,
         warmup_steps=case.warmup_steps,
         compile=compiling,
+        fp8=fp8,
         run=str(bench.folder / f"run-{next(bench.counter)}"),
     )
 
@@ -322,14 +328,17 @@ def measure(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     if not on_device and not options.quick:
         reasons = [bound["failed"] for bound in bounds.values() if "failed" in bound]
         raise SystemExit(f"no CUDA device {reasons or ''}; --quick shows on a CPU that all runs")
-    can_compile = bool(device.get("can_compile"))
+    can_compile, can_fp8 = bool(device.get("can_compile")), bool(device.get("can_fp8"))
     checks: dict[str, Any] = {}
     if not options.no_checks:
-        checks["loss curves"] = curves_check(bench, options, can_compile)
+        checks["loss curves"] = curves_check(bench, options, can_compile, can_fp8)
     python, reason = find_peer(options)
     work: list[tuple[Case, str, Callable[[], dict[str, Any]]]] = [
         (case, "postgrad", lambda case=case: ours(bench, case, can_compile)) for case in cases
     ]
+    for case in cases if can_compile and can_fp8 else ():
+        if case.model in FP8_MODELS:
+            work.append((case, "postgrad, fp8", lambda case=case: ours(bench, case, True, True)))
     for case in cases if python else ():
         for name, setting in peer_settings(case).items():
             work.append((case, name, lambda c=case, s=setting: peer(bench, python, c, s)))
@@ -351,7 +360,9 @@ def measure(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def curves_check(bench: Bench, options: argparse.Namespace, can_compile: bool) -> dict[str, Any]:
+def curves_check(
+    bench: Bench, options: argparse.Namespace, can_compile: bool, can_fp8: bool
+) -> dict[str, Any]:
     """Compare loss curves on the real model, or on random weights where none was given."""
     if options.model:
         model, name = model_directory(options.model), options.model
@@ -361,7 +372,7 @@ def curves_check(bench: Bench, options: argparse.Namespace, can_compile: bool) -
         attempt("random weights", lambda: bench.work(job="save", model=str(model)))
     return {
         "model": name,
-        **attempt("loss curves", lambda: loss_curves(bench, model, can_compile)),
+        **attempt("loss curves", lambda: loss_curves(bench, model, can_compile, can_fp8)),
     }
 
 

@@ -3,7 +3,8 @@
 Usage: python gpu_worker.py SPEC.json. The spec's `job` is one of
 
     train   `postgrad.train.fit.fit` on a model with random weights: model and run (directories),
-            kind, rows, tokens_per_batch, micro_batch_tokens, steps, warmup_steps, compile, graphs
+            kind, rows, tokens_per_batch, micro_batch_tokens, steps, warmup_steps, compile, graphs;
+            fp8 (default false)
     bound   the matrix products of the model's own shapes: model
     save    a model with random weights, written to its directory: model
 """
@@ -21,7 +22,7 @@ from gpu_shapes import make_rows
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from postgrad.config import LoraConfig, parse_recipe
-from postgrad.model import compiled, lora
+from postgrad.model import compiled, fp8, lora
 from postgrad.model.attention import training_attention
 from postgrad.model.load import device
 from postgrad.progress import SilentDisplay
@@ -52,6 +53,8 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     began = time.monotonic()
     model = random_model(Path(spec["model"]), torch.bfloat16)
     lora.add_lora(model, LoraConfig(), seed=7)
+    if spec.get("fp8"):
+        lora.use_fp8(model)
     rows = make_rows(spec["kind"], spec["rows"], model.config.vocab_size)
     recipe = parse_recipe(
         {"name": "gpu", "model": {"base": spec["model"]}, "data": {"train": "rows.jsonl"}}
@@ -137,6 +140,7 @@ def facts() -> dict[str, Any]:
         "capability": f"{found.major}.{found.minor}",
         "cuda": torch.version.cuda,
         "can_compile": compiled.available(),
+        "can_fp8": not fp8.why_not(device()),
     }
 
 

@@ -280,3 +280,19 @@ def test_protection_that_cannot_be_obeyed_is_refused(override, message):
     assert (recipe.data.replay, recipe.data.replay_share) == ("self", 0.2)
     with pytest.raises(ConfigError, match=message):
         parse_recipe(apply_overrides(TREE, [*wanted, override]))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.adapt.kind=full", r"train\.fp8 needs LoRA"),
+        ("model.precision=fp32", r"train\.fp8 stands in for bf16, but model\.precision is fp32"),
+        ("train.kl_weight=0.5", r"train\.fp8 and train\.kl_weight exclude each other"),
+        ("train.fp8=e4m3", r"train\.fp8 must be true or false"),
+    ],
+)
+def test_float8_that_cannot_be_had_on_any_machine_is_refused(override, message):
+    assert parse_recipe(apply_overrides(TREE, ["train.fp8=true"])).train.fp8
+    assert not parse_recipe(TREE).train.fp8
+    with pytest.raises(ConfigError, match=message):
+        parse_recipe(apply_overrides(TREE, ["train.fp8=true", override]))

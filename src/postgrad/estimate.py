@@ -27,6 +27,8 @@ their inputs, queries, keys and values as the attention reads them, its probabil
 result. In units of the compute precision; measured with fused layers (model.fused)."""
 INTERMEDIATE_VECTORS = 3
 """The same of the intermediate size: gate, up and their product."""
+FP8_MULTIPLE = 16
+"""What the widths of a layer must be multiples of for `train.fp8` (model.fp8)."""
 
 _TWO_MATRICES = ("gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "phi", "bloom", "falcon", "codegen")
 """Model types whose MLP has no gate: two matrices a layer instead of three."""
@@ -85,6 +87,15 @@ class Shape:
         Raises:
             ModelError: a target is none of the names that this shape knows.
         """
+        return self.layers * r * sum(out + width for out, width in self._adapted(targets))
+
+    def fp8_weights(self, targets: str | Sequence[str] = "all-linear") -> int:
+        """Weights of the layers with adapters whose widths float8 products can have."""
+        sizes = [size for size in self._adapted(targets) if not any(n % FP8_MULTIPLE for n in size)]
+        return self.layers * sum(out * width for out, width in sizes)
+
+    def _adapted(self, targets: str | Sequence[str]) -> list[tuple[int, int]]:
+        """Return (outputs, inputs) of the layers of a block that `targets` names."""
         chosen = self.linears
         if targets != "all-linear":
             endings = [name.rpartition(".")[2] for name in targets]
@@ -97,7 +108,7 @@ class Shape:
                     "which loads the model",
                 )
             chosen = {name: size for name, size in chosen.items() if name in endings}
-        return self.layers * r * sum(out + width for out, width in chosen.values())
+        return list(chosen.values())
 
 
 def read_shape(config: Mapping[str, Any]) -> Shape:
@@ -151,6 +162,8 @@ class Method:
     """Activations are computed again in the backward pass instead of being kept."""
     beside_base: bool = False
     """The base is asked too, in every step: `train.kl_weight`."""
+    fp8_weights: int = 0
+    """Frozen weights that are held in float8 too, twice: `train.fp8`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +279,7 @@ def memory(
         "weights_bytes": weight_bytes * parameters,
         "adapters_bytes": 0 if method.full else 4 * method.trainable,
         "precision_copies_bytes": shape.linear_weights * method.compute_bytes if copied else 0,
+        "fp8_copies_bytes": 2 * method.fp8_weights,
         "gradients_bytes": 4 * method.trainable,
         "optimizer_bytes": 8 * method.trainable,
         "activations_bytes": micro_batch.tokens * per_token,

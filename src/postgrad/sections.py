@@ -75,6 +75,31 @@ AdapterConfig = Annotated[
 ]
 
 
+class ColumnsConfig(Section):
+    """Names of the columns of a table whose headings postgrad does not know."""
+
+    prompt: str
+    """Column with the request."""
+    completion: str
+    """Column with the answer."""
+    system: str | None = None
+    """Column with the system prompt."""
+
+
+class EarlyStoppingConfig(Section):
+    """When to stop: held-out loss no longer improves by more than its own noise."""
+
+    patience: PositiveInt = 5
+    """Evaluations without a significant improvement before stopping. Held-out losses scatter while
+    the learning rate is high and fall once more when it decays: 3 stops too early (LOG.md)."""
+    min_delta: Literal["1se"] | NonNegativeFloat = "1se"
+    """Improvement that counts: 1se = one standard error of the difference, paired by row; or nats
+    per token."""
+    max_kl: PositiveFloat | None = None
+    """Largest distance from the base, KL(base || tuned) in nats per token on `train.kl_probe`. A
+    checkpoint beyond it is never the best one and counts as no improvement; null = no limit."""
+
+
 class DialConfig(Section):
     """How much of the tuning to keep: points between base and tuned model, chosen on validation."""
 

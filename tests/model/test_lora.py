@@ -134,7 +134,7 @@ def test_gradients_are_those_of_the_plain_formula(bias, shape):
         torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
     assert torch.autograd.gradcheck(
         lambda x, a, b: lora._LoraFunction.apply(
-            x, layer.base.weight, layer.base.bias, a, b, layer.scale
+            x, layer.base.weight, layer.base.bias, a, b, layer.scale, None
         ),
         wanted,
     )

@@ -5,10 +5,12 @@ import warnings
 import pytest
 import torch
 
-from postgrad.model import attention
+from postgrad.config import LoraConfig
+from postgrad.model import attention, fp8, lora
 from postgrad.model.transfer import on_device
 from postgrad.train import fit as fit_module
-from training import make_rows, make_training
+from postgrad.train.optimizer import make_optimizer
+from training import load_model, make_rows, make_training
 
 STEPS = 6
 
@@ -94,3 +96,20 @@ def test_losses_are_those_of_the_cpu(cuda, tiny_model_dir, tmp_path, packed, ful
         training.model.to(device)
         found.append(losses(training))
     assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_losses_in_float8_are_nearly_those_of_bf16(cuda, tiny_model_dir, tmp_path, packed):
+    if fp8.why_not(cuda):
+        pytest.skip(fp8.why_not(cuda))
+    found = []
+    for name in ("bf16", "fp8"):
+        training = make_training(tiny_model_dir, tmp_path / name, max_steps=STEPS, packed=packed)
+        training.model = load_model(tiny_model_dir, LoraConfig(r=4), torch.bfloat16).to(cuda)
+        training.optimizer = make_optimizer(training.model, training.recipe.train, 1e-2)
+        if name == "fp8":
+            lora.use_fp8(training.model)
+        found.append(losses(training))
+    assert found[0] != found[1]
+    assert found[0] == pytest.approx(found[1], rel=2e-2)

@@ -5,6 +5,7 @@ import pytest
 from postgrad.data.dataset import load_dataset
 from postgrad.errors import DataError
 from postgrad.estimate import flops
+from postgrad.model import fp8
 from postgrad.model.light_tokenizer import load_light_tokenizer
 from postgrad.train.forecast import document, forecast
 from postgrad.train.optimizer import trainable
@@ -44,6 +45,21 @@ def test_counting_without_the_model_equals_counting_with_it(tiny_model_dir, tmp_
     )
     assert known["peak_memory_source"] == "measured"
     assert known["time_source"] == "micro-batch"
+
+
+def test_copies_in_float8_are_counted(tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(fp8, "why_not", lambda device: "")
+    adapt = {"r": 2, "target_modules": ["q_proj", "down_proj"]}
+    recipe, dataset = prepared(
+        tiny_model_dir,
+        tmp_path,
+        model={"adapt": adapt, "precision": "bf16"},
+        train={"fp8": True},
+    )
+    counted = forecast(recipe, dataset, tiny_model_dir, load_light_tokenizer(tiny_model_dir))
+    assert counted.method.fp8_weights == 2 * (64 * 64 + 64 * 128)
+    known = dry_run(open_session(recipe, dataset), dataset)
+    assert known["memory"]["fp8_copies_bytes"] == 2 * counted.method.fp8_weights
 
 
 def test_a_dry_run_moves_nothing(tiny_model_dir, tmp_path):

@@ -9,7 +9,7 @@ from postgrad.data.render import Renderer
 from postgrad.errors import ModelError
 from postgrad.model.attention import is_ours, training_attention
 from postgrad.model.layout import Layout
-from postgrad.model.lora import add_lora
+from postgrad.model.lora import add_lora, lora_layers, use_fp8
 from postgrad.train import sft
 from postgrad.train.memory import available_bytes, peak_memory, used_bytes
 from postgrad.train.preflight import failed, may_pack, preflight, refuse
@@ -342,3 +342,22 @@ def test_a_shared_beginning_is_checked_and_a_wrong_one_is_refused(model, renderi
     # documents that do not see what stands in front of them once
     monkeypatch.setattr(sft, "Layout", lambda lengths, shared_prefix: Layout(lengths))
     assert "shared-prefix-matches" in failing(run(model, renderings, objective))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_products_in_float8_are_tried_on_the_rows(tiny_model_dir, renderings, dropout):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.bfloat16)
+    add_lora(model, LoraConfig(r=4, lora_dropout=dropout), seed=0)
+    use_fp8(model)
+    found = run(model, renderings, precision=torch.bfloat16, fp8=True)
+    assert failing(found) == []
+    near = found["fp8-near-bf16"].data
+    assert near["loss"] != near["reference_loss"] == found["loss-matches-reference"].data["loss"]
+    assert 0 < near["gradient_difference"] < 0.2
+    layers = lora_layers(model).values()
+    assert all(layer.fp8 is not None for layer in layers)
+    for layer in layers:
+        layer.fp8.by_input.scales.mul_(2)  # gradients that the loss does not show
+    found = run(model, renderings, precision=torch.bfloat16, fp8=True)
+    assert failing(found) == ["fp8-near-bf16"]
+    assert "set train.fp8 to false" in found["fp8-near-bf16"].remedy

@@ -50,6 +50,8 @@ def test_the_newest_run_under_equal_conditions_counts(tmp_path):
     record(other, tmp_path / "2026-01-05-e", 1.0)
     held = make_recipe("model", train={"threads": 1, "kl_weight": 0.1})
     record(held, tmp_path / "2026-01-06-f", 1.0)
+    eight = make_recipe("model", model={"precision": "bf16"}, train={"threads": 1, "fp8": True})
+    record(eight, tmp_path / "2026-01-07-g", 1.0)
     found = speed.recorded_speed(recipe, METHOD, tmp_path)
     assert (found.source, found.detail) == ("recorded run", str(newest.path))
     assert found.tokens_per_second == pytest.approx(140.0, rel=1e-3)

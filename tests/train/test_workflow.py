@@ -11,7 +11,7 @@ from transformers import GraniteConfig, GraniteForCausalLM
 
 from postgrad.data.dataset import load_dataset
 from postgrad.errors import TrainingError
-from postgrad.model import compiled, lora
+from postgrad.model import compiled, fp8, lora
 from postgrad.model.attention import training_attention
 from postgrad.model.attention_probe import CERTAIN, AttentionProbe
 from postgrad.progress import SilentDisplay
@@ -42,6 +42,7 @@ FACTS = {
     "gradient_checkpointing",
     "torch_compile",
     "cuda_graphs",
+    "fp8",
     "threads",
     "attention_bucket_tokens",
     "precision",
@@ -52,13 +53,13 @@ FACTS = {
 }
 
 
-def prepare(directory, tmp_path, adapt=None, **train):
+def prepare(directory, tmp_path, adapt=None, model=None, **train):
     """(session, run) of a small recipe."""
     rows = write_rows(tmp_path / "rows.jsonl")
     settings = {"max_steps": 6, "eval_steps": 2, "threads": 1, "learning_rate": 1e-2, **train}
     recipe = make_recipe(
         directory,
-        model={"adapt": adapt or {"r": 4}},
+        model={"adapt": adapt or {"r": 4}, **(model or {})},
         data={"train": str(rows), "validation": 0.2},
         train=settings,
     )
@@ -109,6 +110,53 @@ def test_on_a_cpu_nothing_is_compiled_for_a_device(tiny_model_dir, tmp_path, mon
     assert session.recipe.train.cuda_graphs is False
     with pytest.raises(TrainingError, match="cuda_graphs is true, but there is no CUDA device"):
         prepare(tiny_model_dir, tmp_path / "again", cuda_graphs=True)
+
+
+def test_float8_is_refused_where_it_cannot_be_had(tiny_model_dir, tmp_path, monkeypatch):
+    bf16 = {"precision": "bf16"}
+    with pytest.raises(TrainingError, match=r"train\.fp8 is true, .* no CUDA device"):
+        prepare(tiny_model_dir, tmp_path, model=bf16, fp8=True)
+    monkeypatch.setattr(fp8, "why_not", lambda device: "")
+    monkeypatch.setattr("postgrad.model.load.has_native_bf16", lambda: False)
+    with pytest.raises(TrainingError, match=r"computes in torch\.float32"):
+        prepare(tiny_model_dir, tmp_path, model={"precision": "auto"}, fp8=True)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_steps_in_float8_and_everything_else_in_bf16(
+    tiny_model_dir, tmp_path, monkeypatch, dropout
+):
+    monkeypatch.setattr(fp8, "why_not", lambda device: "")
+    found = {}
+    for name in ("bf16", "fp8"):
+        (tmp_path / name).mkdir()
+        session, run = prepare(
+            tiny_model_dir,
+            tmp_path / name,
+            adapt={"r": 4, "lora_dropout": dropout},
+            model={"precision": "bf16"},
+            fp8=name == "fp8",
+        )
+        checks = {check.name: check for check in session.checks(())}
+        assert all(check.passed for check in checks.values())
+        assert ("fp8-near-bf16" in checks) == (name == "fp8")
+        facts = train_model(session, run, True, SilentDisplay())
+        assert facts["fp8"] == (name == "fp8")
+        found[name] = [line for line in run.read_metrics() if "train/loss" in line]
+        held_out = [line for line in run.read_metrics() if "validation/loss" in line]
+        found[name + " start"] = held_out[0]["validation/loss"]
+    assert found["bf16 start"] == found["fp8 start"]
+    losses = [[line["train/loss"] for line in found[name]] for name in ("bf16", "fp8")]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+    assert events(run, "fp8")[0]["layers"] == 14
+    assert events(run, "fp8")[0]["in_bf16"] == []
+    limit = session.recipe.train.attention_bucket_tokens
+    lora.use_fp8(session.model)
+    with lora.without_fp8(session.model), session.attention():
+        plain = session.held_out(True)(session.model, session.objective).loss
+    assert limit != "auto"
+    assert plain == facts["restored_loss"]
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(10.0, False), (36_000.0, True)])

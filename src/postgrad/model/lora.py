@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from postgrad.config import LoraConfig
 from postgrad.errors import ModelError
+from postgrad.model.fp8 import Fp8Weight, Inputs
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -62,7 +63,8 @@ class _LoraFunction(torch.autograd.Function):
     """y = x Wᵀ + b + s (x Aᵀ) Bᵀ with W frozen: saves x and x Aᵀ only.
 
     On a CUDA device the small product comes first and the large one adds to it: what the small one
-    alone would have to read again is read while the large one multiplies.
+    alone would have to read again is read while the large one multiplies. With `fp8` the two
+    products of W are those of its quantised copies.
     """
 
     @staticmethod
@@ -74,18 +76,21 @@ class _LoraFunction(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
         scale: float,
+        fp8: Fp8Weight | None,
         cast: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         a_cast, b_cast = cast or (a.to(x.dtype), (b * scale).to(x.dtype))
         low = flat @ a_cast.t()
-        if flat.is_cuda and bias is None:
+        if fp8 is not None:
+            y = fp8.forward(x, bias).addmm_(low, b_cast.t())
+        elif flat.is_cuda and bias is None:
             y = (low @ b_cast.t()).addmm_(flat, weight.t())
         else:
             y = functional.linear(flat, weight, bias)
             y.addmm_(low, b_cast.t())
         ctx.save_for_backward(flat, low, weight, a_cast, b_cast)
-        ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, a.dtype
+        ctx.scale, ctx.shape, ctx.dtype, ctx.fp8 = scale, x.shape, a.dtype, fp8
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -97,12 +102,20 @@ class _LoraFunction(torch.autograd.Function):
         grad_a = _product(grad_low.t(), flat, ctx.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            if grad.is_cuda:
-                wide = a if a.shape[1] < WIDE else a.t().contiguous().t()
-                grad_x = (grad_low @ wide).addmm_(grad, weight).view(ctx.shape)
-            else:
-                grad_x = (grad @ weight).addmm_(grad_low, a).view(ctx.shape)
-        return grad_x, None, None, grad_a, grad_b, None, None
+            grad_x = _input_gradient(grad, grad_low, weight, a, ctx.fp8).view(ctx.shape)
+        return grad_x, None, None, grad_a, grad_b, None, None, None
+
+
+def _input_gradient(
+    grad: Tensor, grad_low: Tensor, weight: Tensor, a: Tensor, fp8: Fp8Weight | None
+) -> Tensor:
+    """Return grad W + grad_low A [T, in]."""
+    if fp8 is not None:
+        return fp8.backward(grad).addmm_(grad_low, a)
+    if not grad.is_cuda:
+        return (grad @ weight).addmm_(grad_low, a)
+    wide = a if a.shape[1] < WIDE else a.t().contiguous().t()
+    return (grad_low @ wide).addmm_(grad, weight)
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -131,6 +144,8 @@ class LoraLinear(nn.Module):
         self.enabled = True
         self.cast: tuple[Tensor, Tensor] | None = None
         """A and s B in the precision of the frozen weight, inside `cast_once`."""
+        self.fp8: Fp8Weight | None = None
+        """The frozen weight in float8, which training mode computes with (`use_fp8`)."""
 
     @property
     def weight(self) -> Tensor:
@@ -145,10 +160,12 @@ class LoraLinear(nn.Module):
             flat = x.reshape(-1, x.shape[-1])
             y = functional.linear(flat, self.base.weight, self.base.bias)
             return y.addmm_(flat @ self.cast[0].t(), self.cast[1].t()).view(*x.shape[:-1], -1)
+        fp8 = self.fp8 if self.training else None
         if self.dropout and self.training:
             dropped = functional.dropout(x, self.dropout).to(x.dtype)
             low = dropped @ self.lora_A.to(x.dtype).t()
-            return self.base(x) + low @ (self.lora_B * self.scale).to(x.dtype).t()  # type: ignore[no-any-return]
+            y = self.base(x) if fp8 is None else fp8.linear(x, self.base.bias)
+            return y + low @ (self.lora_B * self.scale).to(x.dtype).t()
         return _LoraFunction.apply(  # type: ignore[no-untyped-call,no-any-return]
             x,
             self.base.weight,
@@ -156,6 +173,7 @@ class LoraLinear(nn.Module):
             self.lora_A,
             self.lora_B,
             self.scale,
+            fp8,
             self.cast,
         )
 
@@ -208,6 +226,30 @@ def target_layers(model: Any, config: LoraConfig) -> list[str]:
 def lora_layers(model: Any) -> dict[str, LoraLinear]:
     """Return name -> adapter layer."""
     return {n: m for n, m in model.named_modules() if isinstance(m, LoraLinear)}
+
+
+def use_fp8(model: Any) -> None:
+    """Give the adapted layers their frozen weight in float8: training mode computes with it.
+
+    Evaluation mode goes on in bf16, the precision that is served. Layers whose widths are not
+    multiples of 16 keep bf16 in both.
+    """
+    inputs = Inputs()
+    for layer in lora_layers(model).values():
+        layer.fp8 = Fp8Weight.of(layer.base.weight, inputs)
+
+
+@contextmanager
+def without_fp8(model: Any) -> Iterator[None]:
+    """Compute in bf16 inside the block, in training mode too."""
+    before = {layer: layer.fp8 for layer in lora_layers(model).values()}
+    for layer in before:
+        layer.fp8 = None
+    try:
+        yield
+    finally:
+        for layer, fp8 in before.items():
+            layer.fp8 = fp8
 
 
 @contextmanager

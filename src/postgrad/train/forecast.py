@@ -195,14 +195,17 @@ def _method(recipe: Recipe, shape: Shape, native_bf16: bool) -> Method:
     """Return what the recipe trains; whether activations are kept is decided later."""
     adapt, precision = recipe.model.adapt, recipe.model.precision
     narrow = precision == "bf16" or (precision == "auto" and native_bf16)
-    is_lora = isinstance(adapt, LoraConfig)
+    if not isinstance(adapt, LoraConfig):
+        trainable, fp8_weights = shape.parameters, 0
+    else:
+        trainable = shape.adapter_parameters(adapt.r, adapt.target_modules)
+        fp8_weights = shape.fp8_weights(adapt.target_modules) if recipe.train.fp8 else 0
     return Method(
-        trainable=shape.adapter_parameters(adapt.r, adapt.target_modules)
-        if isinstance(adapt, LoraConfig)
-        else shape.parameters,
-        full=not is_lora,
+        trainable=trainable,
+        full=not isinstance(adapt, LoraConfig),
         compute_bytes=2 if narrow else 4,
         beside_base=recipe.train.kl_weight > 0,
+        fp8_weights=fp8_weights,
     )
 
 

@@ -12,6 +12,7 @@ from postgrad.config import Recipe
 from postgrad.data.dataset import Dataset
 from postgrad.estimate import Method, Speed, amount_of, read_shape
 from postgrad.model.load import Loaded, compute_dtype, device, load_tokenizer, quiet_transformers
+from postgrad.model.lora import lora_layers
 from postgrad.train.forecast import Forecast, count, document, row_counts
 from postgrad.train.memory import peak_memory
 from postgrad.train.optimizer import make_optimizer, trainable
@@ -89,7 +90,18 @@ def dry_run(session: Session, dataset: Dataset) -> dict[str, Any]:
         session.training,
         amount_of((len(row), int((row.weights > 0).sum())) for row in session.validation),
         read_shape(session.model.config.to_dict()),
-        Method(trained, full, session.loaded.dtype.itemsize, recompute, recipe.train.kl_weight > 0),
+        Method(
+            trained,
+            full,
+            session.loaded.dtype.itemsize,
+            recompute,
+            recipe.train.kl_weight > 0,
+            fp8_weights=sum(
+                layer.weight.numel()
+                for layer in lora_layers(session.model).values()
+                if layer.fp8 is not None
+            ),
+        ),
         parameters=session.loaded.parameters - (0 if full else trained),
         rows=row_counts(dataset),
         on_gpu=device().type == "cuda",

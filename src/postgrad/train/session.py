@@ -17,7 +17,7 @@ from postgrad.data.render import Renderer, Rendering
 from postgrad.errors import DataError, TrainingError
 from postgrad.estimate import activation_bytes_per_token
 from postgrad.machine import available_cores
-from postgrad.model import compiled, lora
+from postgrad.model import compiled, fp8, lora
 from postgrad.model.attention import training_attention
 from postgrad.model.attention_probe import AttentionProbe, probe_attention
 from postgrad.model.load import Loaded, device, load
@@ -122,6 +122,8 @@ def open_session(recipe: Recipe, dataset: Dataset, loaded: Loaded | None = None)
     adapt = recipe.model.adapt
     if isinstance(adapt, LoraConfig):
         lora.add_lora(loaded.model, adapt, recipe.seed)
+        if recipe.train.fp8:
+            _use_fp8(loaded)
     else:
         loaded.model.requires_grad_(True)
     renderings, rows, dropped = _rows(recipe, dataset, renderer)
@@ -135,6 +137,19 @@ def open_session(recipe: Recipe, dataset: Dataset, loaded: Loaded | None = None)
     )
     given = (recipe, loaded, renderer, renderings, rows[0], rows[1], dropped, objective)
     return _resolved(Session(*given, apart=apart))
+
+
+def _use_fp8(loaded: Loaded) -> None:
+    """Have the frozen weights in float8 too, for training steps, or say why not."""
+    problem = fp8.why_not(loaded.model.device)
+    if not problem and loaded.dtype != torch.bfloat16:
+        problem = f"the model computes in {loaded.dtype}, float8 stands in for bf16"
+    if problem:
+        raise TrainingError(
+            f"train.fp8 is true, but {problem}",
+            "set it to false, or train on an Nvidia GPU of Ada, Hopper or later",
+        )
+    lora.use_fp8(loaded.model)
 
 
 def _sharing(recipe: Recipe, model: Any) -> tuple[Recipe, str]:

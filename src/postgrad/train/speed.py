@@ -31,6 +31,7 @@ def conditions(recipe: Recipe, compute_bytes: int) -> dict[str, Any]:
         "revision": model.revision,
         "adapt": model.adapt.model_dump(mode="json", exclude={"lora_alpha", "use_rslora"}),
         "compute_bytes": compute_bytes,
+        "fp8": recipe.train.fp8,
         "gradient_checkpointing": recipe.train.gradient_checkpointing,
         "beside_base": recipe.train.kl_weight > 0,
         **{name: found.get(name) for name in ("processor", "cores", "gpu")},

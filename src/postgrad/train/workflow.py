@@ -14,6 +14,7 @@ from postgrad.errors import TrainingError
 from postgrad.model import export
 from postgrad.model.attention import training_attention
 from postgrad.model.kernels import kernels
+from postgrad.model.lora import lora_layers
 from postgrad.progress import Display
 from postgrad.run import Run
 from postgrad.train.checkpoint import Progress, load_weights, resume, save_weights
@@ -60,6 +61,12 @@ def train_model(session: Session, run: Run, packed: bool, display: Display) -> d
             display.note(
                 f"element-wise work is not compiled, so steps are slower: {compiled.detail}"
             )
+    if config.fp8:
+        layers = lora_layers(session.model)
+        kept = [name for name, layer in layers.items() if layer.fp8 is None]
+        run.event("fp8", layers=len(layers) - len(kept), in_bf16=kept)
+        if kept:
+            display.note(f"{len(kept)} of {len(layers)} layers stay in bf16: {kept[0]}, ...")
     if not session.objective.fused:
         run.event("logits-kept", reason="this model scales or caps its logits")
     stopping = config.early_stopping
@@ -178,6 +185,7 @@ def _facts(
         "gradient_checkpointing": train.gradient_checkpointing,
         "torch_compile": train.torch_compile,
         "cuda_graphs": train.cuda_graphs,
+        "fp8": train.fp8,
         "threads": train.threads,
         "attention_bucket_tokens": train.attention_bucket_tokens,
         "precision": str(session.loaded.dtype).removeprefix("torch."),

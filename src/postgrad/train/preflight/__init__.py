@@ -47,6 +47,7 @@ NAMES = (
     "loss-matches-reference",
     "accumulation-invariance",
     "shared-prefix-matches",
+    "fp8-near-bf16",
     "fits-in-memory",
 )
 """Every check made here, in order; those of the data come with the data set."""
