@@ -5,8 +5,6 @@ ways to write that in tensor operations torch 2.11 made kernels that took 3 to 5
 their bytes need (LOG.md).
 """
 
-from typing import Any
-
 import torch
 import triton  # type: ignore[import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
@@ -31,12 +29,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _rotate(  # type: ignore[no-untyped-def]  # noqa: ANN202
-    x: Any,
-    cos: Any,
-    sin: Any,
-    y: Any,
-    sign: Any,
-    heads: Any,
+    x,  # noqa: ANN001
+    cos,  # noqa: ANN001
+    sin,  # noqa: ANN001
+    y,  # noqa: ANN001
+    sign,  # noqa: ANN001
+    heads,  # noqa: ANN001
     half: tl.constexpr,
     padded: tl.constexpr,
     block: tl.constexpr,
