@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,44 +161,55 @@ def device_tests(bench: Bench) -> dict[str, Any]:
     return {"passed": passed is not None, "detail": last}
 
 
-def loss_curves(bench: Bench, model: Path, can_compile: bool, can_fp8: bool) -> dict[str, Any]:
-    """Train on the CPU and on the device with the same recipe; compare losses and isolation."""
-    data = rows.write_rows(bench.folder / "rows.jsonl", "chat", 400, 7)
+def loss_curve(
+    bench: Bench, model: Path, name: str, precision: str, **more: str
+) -> tuple[list[float], str]:
+    """Train with one recipe; returns the losses and what the isolation probe found."""
+    data = rows.write_rows(bench.folder / f"{name}.jsonl", "chat", 400, 7)
+    run = bench.folder / f"curve-{name}"
+    settings = [
+        f"data.train={data}", f"model.base={model}", f"model.precision={precision}",
+        f"train.max_steps={CURVE_STEPS}", "train.learning_rate=1e-3", "train.eval_rows=4",
+        "train.tokens_per_batch=2048", "train.micro_batch_tokens=2048", "data.max_length=2048",
+        "train.waive=[held-out-size]", "train.kl_probe=null", "train.packing=on",
+        *(f"train.{key}={value}" for key, value in more.items()),
+    ]  # fmt: skip
+    bench.run(
+        [sys.executable, "-m", "postgrad", "train", RECIPE, "--out", run, *settings],
+        PYTHONPATH=_python_path(),
+        **({"CUDA_VISIBLE_DEVICES": ""} if name == "cpu-fp32" else {}),
+    )
+    lines = read_lines(run / "metrics.jsonl")
+    checks = json.loads((run / "preflight.json").read_text(encoding="utf-8"))["checks"]
+    found = next(check for check in checks if check["name"] == "packing-isolation")
+    return [line["train/loss"] for line in lines if "train/loss" in line], found["detail"]
+
+
+def loss_curves(
+    bench: Bench, model: Path, reference: Path | None, can_compile: bool, can_fp8: bool
+) -> dict[str, Any]:
+    """Train on the device with the recipe of a training on a CPU; compare losses and isolation."""
+    compiling = "true" if can_compile else "false"
     wanted = {
-        "cpu fp32": ("fp32", "false", {"CUDA_VISIBLE_DEVICES": ""}),
-        "device fp32": ("fp32", "false", {}),
-        "device bf16": ("bf16", "true" if can_compile else "false", {}),
+        "device-fp32": ("fp32", {"torch_compile": "false"}),
+        "device-bf16": ("bf16", {"torch_compile": compiling}),
     }
     if can_fp8:
-        wanted["device fp8"] = ("bf16", wanted["device bf16"][1], {})
-    curves: dict[str, list[float]] = {}
-    isolated: dict[str, str] = {}
-    for name, (precision, compiling, environment) in wanted.items():
-        run = bench.folder / f"curve-{name.replace(' ', '-')}"
-        settings = [
-            f"data.train={data}", f"model.base={model}", f"model.precision={precision}",
-            f"train.max_steps={CURVE_STEPS}", "train.learning_rate=1e-3", "train.eval_rows=4",
-            "train.tokens_per_batch=4096", "train.micro_batch_tokens=4096", "data.max_length=4096",
-            "train.waive=[held-out-size]",
-            f"train.torch_compile={compiling}", "train.packing=on",
-            f"train.fp8={'true' if name.endswith('fp8') else 'false'}",
-        ]  # fmt: skip
-        bench.run(
-            [sys.executable, "-m", "postgrad", "train", RECIPE, "--out", run, *settings],
-            PYTHONPATH=_python_path(),
-            **environment,
-        )
-        lines = read_lines(run / "metrics.jsonl")
-        curves[name] = [line["train/loss"] for line in lines if "train/loss" in line]
-        checks = json.loads((run / "preflight.json").read_text(encoding="utf-8"))["checks"]
-        found = next(check for check in checks if check["name"] == "packing-isolation")
-        isolated[name] = found["detail"]
-    reference = curves["cpu fp32"]
-    distances = {
-        name: distance(curve, reference) for name, curve in curves.items() if name != "cpu fp32"
-    }
-    passed = len(reference) == CURVE_STEPS and all(
-        relative <= CURVE_TOLERANCE[name.split()[1]] for name, relative in distances.items()
+        wanted["device-fp8"] = ("bf16", {"torch_compile": compiling, "fp8": "true"})
+    if reference is None:
+        cpu = loss_curve(bench, model, "cpu-fp32", "fp32")[0]
+    else:
+        cpu = json.loads(reference.read_text(encoding="utf-8"))["losses"]
+    with ThreadPoolExecutor() as pool:
+        asked = {
+            name: pool.submit(loss_curve, bench, model, name, precision, **more)
+            for name, (precision, more) in wanted.items()
+        }
+        found = {name: future.result() for name, future in asked.items()}
+    curves = {"cpu-fp32": cpu, **{name: curve for name, (curve, _) in found.items()}}
+    distances = {name: distance(curve, cpu) for name, (curve, _) in found.items()}
+    passed = len(cpu) == CURVE_STEPS and all(
+        relative <= CURVE_TOLERANCE[name.split("-")[1]] for name, relative in distances.items()
     )
     return {
         "passed": passed,
@@ -205,7 +217,7 @@ def loss_curves(bench: Bench, model: Path, can_compile: bool, can_fp8: bool) -> 
         "tolerance": CURVE_TOLERANCE,
         "curves": curves,
         "distances": distances,
-        "isolation": isolated,
+        "isolation": {name: isolation for name, (_, isolation) in found.items()},
     }
 
 
@@ -372,7 +384,10 @@ def curves_check(
         attempt("random weights", lambda: bench.work(job="save", model=str(model)))
     return {
         "model": name,
-        **attempt("loss curves", lambda: loss_curves(bench, model, can_compile, can_fp8)),
+        **attempt(
+            "loss curves",
+            lambda: loss_curves(bench, model, options.reference, can_compile, can_fp8),
+        ),
     }
 
 
@@ -414,6 +429,12 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a tiny model: proves that it runs")
     parser.add_argument("--model", help="real model for the loss curves; default: random weights")
+    parser.add_argument(
+        "--reference", type=Path, help="the CPU's curve, made with --make-reference"
+    )
+    parser.add_argument(
+        "--make-reference", type=Path, help="only train --model on the CPU and write its curve here"
+    )
     parser.add_argument("--peer-python", type=Path, help="a Python that has TRL")
     parser.add_argument("--no-peer", action="store_true", help="without TRL")
     parser.add_argument("--no-checks", action="store_true", help="speed only")
@@ -431,6 +452,11 @@ def main() -> None:
         folder = options.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         bench = Bench(folder, began + 60 * options.minutes, iter(range(1, sys.maxsize)))
+        if options.make_reference:
+            losses, _ = loss_curve(bench, model_directory(options.model), "cpu-fp32", "fp32")
+            text = json.dumps({"model": options.model, "losses": losses}) + "\n"
+            options.make_reference.write_text(text, encoding="utf-8")
+            return
         found = measure(bench, options)
     document = {
         "benchmark": "gpu-train-speed",

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from postgrad.model import lora_joint
 from postgrad.model.compiled import available, realised
 from postgrad.model.kernels import call, usable
 
@@ -284,6 +285,10 @@ def _replacements(model: Any) -> dict[nn.Module, tuple[str, _Fused]]:
                 verdicts[kind] = _agree(module, compute, weight)
             if verdicts[kind]:
                 found[module] = (name, _Fused(compute))
+        layers = lora_joint.attention_layers(module)
+        if layers and layers[0].weight.device.type in lora_joint.DEVICES:
+            ahead = lora_joint.Ahead(layers)
+            found |= {n: ("joint", _Fused(ahead.of(i))) for i, n in enumerate(layers)}
     return found
 
 
@@ -305,7 +310,12 @@ def _mlp(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     assert gate is not None
     assert up is not None
     assert down is not None
-    return lambda x: down(swiglu(gate(x), up(x)))
+
+    def compute(x: Tensor) -> Tensor:
+        gated, raised = lora_joint.together((gate, up), x) or (gate(x), up(x))
+        return down(swiglu(gated, raised))  # type: ignore[no-any-return]
+
+    return compute
 
 
 def _agree(module: nn.Module, forward: Callable[[Tensor], Tensor], weight: Tensor) -> bool:

@@ -98,8 +98,8 @@ class _LoraFunction(torch.autograd.Function):
         flat, low, weight, a, b = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
         grad_low = grad @ b
-        grad_b = _product(grad.t(), low, ctx.dtype).mul_(ctx.scale)
-        grad_a = _product(grad_low.t(), flat, ctx.dtype)
+        grad_b = product(grad.t(), low, ctx.dtype).mul_(ctx.scale)
+        grad_a = product(grad_low.t(), flat, ctx.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = _input_gradient(grad, grad_low, weight, a, ctx.fp8).view(ctx.shape)
@@ -114,11 +114,15 @@ def _input_gradient(
         return fp8.backward(grad).addmm_(grad_low, a)
     if not grad.is_cuda:
         return (grad @ weight).addmm_(grad_low, a)
-    wide = a if a.shape[1] < WIDE else a.t().contiguous().t()
-    return (grad_low @ wide).addmm_(grad, weight)
+    return (grad_low @ wide_enough(a)).addmm_(grad, weight)
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def wide_enough(a: Tensor) -> Tensor:
+    """Return A [r, in] as it is multiplied by fastest."""
+    return a if a.shape[1] < WIDE else a.t().contiguous().t()
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a @ b in `dtype`; a CUDA device need not round it to the factors' precision first."""
     if a.is_cuda and a.dtype != dtype:
         return torch.mm(a, b, out_dtype=dtype)
@@ -176,6 +180,17 @@ class LoraLinear(nn.Module):
             fp8,
             self.cast,
         )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it computes x Wᵀ + s (x Aᵀ) Bᵀ now, and nothing more."""
+        noisy = self.training and bool(self.dropout)
+        in_fp8 = self.training and self.fp8 is not None
+        return self.enabled and not noisy and not in_fp8 and self.base.bias is None
+
+    def low_precision(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return A and s B in `dtype`."""
+        return self.lora_A.to(dtype), (self.lora_B * self.scale).to(dtype)
 
     def delta(self) -> Tensor:
         """Return the update (alpha / r) B A [out, in] in float32."""
