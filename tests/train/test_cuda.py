@@ -9,6 +9,7 @@ from postgrad.config import LoraConfig
 from postgrad.model import attention, fp8, lora
 from postgrad.model.transfer import on_device
 from postgrad.train import fit as fit_module
+from postgrad.train.graphs import Graphs
 from postgrad.train.optimizer import make_optimizer
 from training import load_model, make_rows, make_training
 
@@ -103,13 +104,22 @@ def test_losses_are_those_of_the_cpu(cuda, tiny_model_dir, tmp_path, packed, ful
 def test_losses_in_float8_are_nearly_those_of_bf16(cuda, tiny_model_dir, tmp_path, packed):
     if fp8.why_not(cuda):
         pytest.skip(fp8.why_not(cuda))
-    found = []
-    for name in ("bf16", "fp8"):
-        training = make_training(tiny_model_dir, tmp_path / name, max_steps=STEPS, packed=packed)
+    found, graphs = {}, Graphs(40, 96)
+    for name in ("bf16", "fp8", "recorded"):
+        training = make_training(
+            tiny_model_dir, tmp_path / name, epochs=3, max_steps=3 * STEPS, packed=packed
+        )
         training.model = load_model(tiny_model_dir, LoraConfig(r=4), torch.bfloat16).to(cuda)
-        training.optimizer = make_optimizer(training.model, training.recipe.train, 1e-2)
-        if name == "fp8":
+        training.optimizer = make_optimizer(training.model, training.recipe.train, 1e-3)
+        if name != "bf16":
             lora.use_fp8(training.model)
-        found.append(losses(training))
-    assert found[0] != found[1]
-    assert found[0] == pytest.approx(found[1], rel=2e-2)
+        training.go(eval_steps=10**6, backward=graphs if name == "recorded" else None)
+        found[name] = [
+            line["train/loss"] for line in training.run.read_metrics() if "train/loss" in line
+        ]
+    assert found["bf16"] != found["fp8"]
+    for name in ("bf16", "recorded"):
+        assert found[name][:STEPS] == pytest.approx(found["fp8"][:STEPS], rel=2e-2)
+        assert found[name] == pytest.approx(found["fp8"], rel=1e-1)  # differences grow
+    assert graphs.reason == ""
+    assert (graphs.replayed > 0) == packed
