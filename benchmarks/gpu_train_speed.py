@@ -35,6 +35,7 @@ from harness import (
     write_result,
 )
 
+from postgrad.errors import PostgradError
 from postgrad.model.load import model_directory
 
 RECIPE = HERE / "train_speed.yaml"
@@ -44,6 +45,7 @@ CURVE_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2, "fp8": 5e-2}
 """Mean difference of the losses of two curves that rounding explains, as a share of the mean loss.
 The reference is the CPU's float32 curve."""
 GOALS = {"llama-3-8b": "16,000 tok/s", "smollm2-360m": "3 x TRL", "smollm2-135m": "3 x TRL"}
+ABLATIONS = {"no graphs": {"graphs": False}, "not compiled": {"compile": False}}
 FP8_MODELS = ("llama-3-8b",)
 """Models whose products are large enough for float8 to gain more than quantising costs."""
 
@@ -69,17 +71,24 @@ class Case:
 
 
 CASES = (
+    Case("smollm2-135m", "chat", 2720, 2720, 16, 120, 60),
+    Case("smollm2-135m", "chat", 16384, 16384, 96, 50, 20),
     Case("llama-3-8b", "full", 4 * FULL_ROW, FULL_ROW, 1, 12, 4),
-    Case("smollm2-135m", "chat", 2720, 2720, 16, 80, 20),
-    Case("smollm2-135m", "chat", 16384, 16384, 96, 40, 10),
-    Case("smollm2-360m", "chat", 2720, 2720, 16, 80, 20),
-    Case("smollm2-360m", "chat", 16384, 16384, 96, 40, 10),
+    Case("smollm2-360m", "chat", 2720, 2720, 16, 120, 60),
+    Case("smollm2-360m", "chat", 16384, 16384, 96, 40, 16),
 )
 QUICK_CASES = (Case("tiny", "chat", 1024, 1024, 6, 4, 2),)
+PEER_STEPS, PEER_WARMUP = 24, 6
+"""Of the peer, at most; its steps take long and are all alike."""
 
 
 class Failed(RuntimeError):
     """A program ended with an error or took too long."""
+
+    def __init__(self, reason: str, printed: str = "") -> None:
+        """Keep what it had printed until then."""
+        super().__init__(reason)
+        self.printed = printed
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,22 +118,30 @@ class Bench:
                 text=True,
                 timeout=left,
             )
-        except subprocess.TimeoutExpired:
-            raise Failed("the time was up before it ended") from None
+        except subprocess.TimeoutExpired as error:
+            printed = error.stdout or b""
+            text = printed.decode("utf-8", "replace") if isinstance(printed, bytes) else printed
+            raise Failed("the time was up before it ended", text) from None
         log.write_text(f"{command}\n{ended.stdout}\n{ended.stderr}", encoding="utf-8")
         if ended.returncode:
             words = [line for line in ended.stderr.splitlines() if line.strip()]
-            raise Failed(words[-1] if words else f"exit code {ended.returncode}")
+            raise Failed(words[-1] if words else f"exit code {ended.returncode}", ended.stdout)
         return ended.stdout
 
-    def work(self, **spec: Any) -> dict[str, Any]:
-        """Have gpu_worker.py do a job."""
+    def work(self, *specs: dict[str, Any]) -> list[dict[str, Any]]:
+        """Have gpu_worker.py do jobs in one process; one that gave no result says why."""
         path = self.folder / f"{next(self.counter):03d}.json"
-        path.write_text(json.dumps(spec), encoding="utf-8")
-        command = [sys.executable, HERE / "gpu_worker.py", path]
-        printed = self.run(command, PYTHONPATH=_python_path())
-        found: dict[str, Any] = json.loads(printed.splitlines()[-1])
-        return found
+        path.write_text(json.dumps(specs), encoding="utf-8")
+        reason = "its process ended early"
+        try:
+            printed = self.run(
+                [sys.executable, HERE / "gpu_worker.py", path], PYTHONPATH=_python_path()
+            )
+        except Failed as error:
+            printed, reason = error.printed, str(error)
+        lines = [line.removeprefix("JOB ") for line in printed.splitlines() if line[:4] == "JOB "]
+        found = [json.loads(line) for line in lines]
+        return [*found, *({"failed": reason} for _ in specs[len(found) :])]
 
     def shape(self, name: str) -> Path:
         """Return a directory with a model's config.json and a tokenizer."""
@@ -137,7 +154,7 @@ def attempt(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     began = time.monotonic()
     try:
         found = measure()
-    except Failed as error:
+    except (Failed, PostgradError, OSError, LookupError, ValueError) as error:
         found = {"failed": str(error)}
     found["took_seconds"] = round(time.monotonic() - began, 1)
     say(f"{name}: {found.get('failed') or summary_of(found)} ({found['took_seconds']} s)")
@@ -167,10 +184,12 @@ def loss_curve(
     """Train with one recipe; returns the losses and what the isolation probe found."""
     data = rows.write_rows(bench.folder / f"{name}.jsonl", "chat", 400, 7)
     run = bench.folder / f"curve-{name}"
+    tokens = 4096 if (model / ".bytes").exists() else 2048  # a token a byte: longer rows
     settings = [
         f"data.train={data}", f"model.base={model}", f"model.precision={precision}",
         f"train.max_steps={CURVE_STEPS}", "train.learning_rate=1e-3", "train.eval_rows=4",
-        "train.tokens_per_batch=2048", "train.micro_batch_tokens=2048", "data.max_length=2048",
+        f"train.tokens_per_batch={tokens}", f"train.micro_batch_tokens={tokens}",
+        f"data.max_length={tokens}",
         "train.waive=[held-out-size]", "train.kl_probe=null", "train.packing=on",
         *(f"train.{key}={value}" for key, value in more.items()),
     ]  # fmt: skip
@@ -231,21 +250,23 @@ def distance(curve: Sequence[float], reference: Sequence[float]) -> float:
     return sum(differences) / sum(reference)
 
 
-def ours(bench: Bench, case: Case, compiling: bool, fp8: bool = False) -> dict[str, Any]:
-    """Measure postgrad's own loop."""
-    return bench.work(
-        job="train",
-        model=str(bench.shape(case.model)),
-        kind=case.kind,
-        rows=64 if case.kind == "full" else 4000,
-        tokens_per_batch=case.tokens_per_batch,
-        micro_batch_tokens=case.micro_batch_tokens,
-        steps=case.steps,
-        warmup_steps=case.warmup_steps,
-        compile=compiling,
-        fp8=fp8,
-        run=str(bench.folder / f"run-{next(bench.counter)}"),
-    )
+def ours(bench: Bench, case: Case, **how: bool) -> dict[str, Any]:
+    """Return the job that measures postgrad's own loop: compile, graphs, fp8."""
+    return {
+        "job": "train",
+        "model": str(bench.shape(case.model)),
+        "kind": case.kind,
+        "rows": 64 if case.kind == "full" else 4000,
+        "tokens_per_batch": case.tokens_per_batch,
+        "micro_batch_tokens": case.micro_batch_tokens,
+        "steps": case.steps,
+        "warmup_steps": case.warmup_steps,
+        "run": str(bench.folder / f"run-{next(bench.counter)}"),
+        "compile": True,
+        "graphs": True,
+        "fp8": False,
+        **how,
+    }
 
 
 def peer_settings(case: Case) -> dict[str, dict[str, Any]]:
@@ -257,7 +278,7 @@ def peer_settings(case: Case) -> dict[str, dict[str, Any]]:
     }
     if case.kind == "chat":
         best["train_sampling_strategy"] = "group_by_length"
-    longest = {"max_length": FULL_ROW, "max_steps": case.steps}
+    longest = {"max_length": FULL_ROW, "max_steps": min(case.steps, PEER_STEPS)}
     return {
         "TRL defaults": {"dtype": "float32", "sft": longest},
         "TRL tuned": {"dtype": "bfloat16", "sft": {**longest, **best}},
@@ -283,7 +304,7 @@ def peer(bench: Bench, python: Path, case: Case, setting: dict[str, Any]) -> dic
     bench.run([python, HERE / "peers" / "trl_random.py", path])
     lines = read_lines(Path(spec["metrics"]))
     steps = [line for line in lines if "step" in line]
-    first, last = steps[case.warmup_steps - 1], steps[-1]
+    first, last = steps[min(case.warmup_steps, PEER_WARMUP) - 1], steps[-1]
     return {
         "tokens_per_second": (last["tokens"] - first["tokens"])
         / (last["seconds"] - first["seconds"]),
@@ -293,8 +314,8 @@ def peer(bench: Bench, python: Path, case: Case, setting: dict[str, Any]) -> dic
     }
 
 
-def find_peer(options: argparse.Namespace) -> tuple[Path | None, str]:
-    """Return the Python with TRL, or why there is none."""
+def find_peer(options: argparse.Namespace) -> tuple[Path | None, str | dict[str, str]]:
+    """Return the Python with TRL and what is installed there, or why there is none."""
     if options.no_peer:
         return None, "left out (--no-peer)"
     os.environ.update(PIP_RETRIES="0", PIP_DEFAULT_TIMEOUT="10")
@@ -303,14 +324,9 @@ def find_peer(options: argparse.Namespace) -> tuple[Path | None, str]:
         subprocess.run(
             [python, "-c", "import trl, peft, datasets"], check=True, capture_output=True
         )
+        return python, frozen(python)
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         return None, f"TRL cannot be installed or imported: {str(error).splitlines()[0]}"
-    return python, ""
-
-
-def bound(bench: Bench, model: str) -> dict[str, Any]:
-    """Measure the matrix products of a model's own shapes."""
-    return bench.work(job="bound", model=str(bench.shape(model)))
 
 
 def share_of_bound(found: dict[str, Any], products: dict[str, Any], kind: str) -> dict[str, float]:
@@ -328,13 +344,40 @@ def share_of_bound(found: dict[str, Any], products: dict[str, Any], kind: str) -
     return {"bound_tokens_per_second": 1 / seconds, "share_of_bound": share}
 
 
-def measure(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
-    """Make the checks and the measurements, the most important first."""
+def measure_ours(
+    bench: Bench, cases: Sequence[Case]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the bounds by model, and our figures: each model in a process of its own."""
+    bounds, measured = {}, []
+    for model in dict.fromkeys(case.model for case in cases):
+        wanted = [
+            (case, "postgrad" if not fp8 else "postgrad, fp8", ours(bench, case, fp8=fp8))
+            for case in cases
+            if case.model == model
+            for fp8 in ((False, True) if model in FP8_MODELS else (False,))
+        ]
+        products = {"job": "bound", "model": str(bench.shape(model))}
+        bounds[model], *found = bench.work(products, *(spec for *_, spec in wanted))
+        say(f"{model}: {bounds[model].get('failed') or 'bound measured'}")
+        for (case, trainer, _), one in zip(wanted, found, strict=True):
+            measured.append(noted(case, trainer, one, bounds))
+    return bounds, measured
+
+
+def noted(
+    case: Case, trainer: str, found: dict[str, Any], bounds: dict[str, Any]
+) -> dict[str, Any]:
+    """Say a figure as soon as it is there; returns its line of the document."""
+    say(f"{case.model}, {case.name}: {trainer}: {found.get('failed') or summary_of(found)}")
+    found |= share_of_bound(found, bounds[case.model], case.kind)
+    return {"model": case.model, "case": case.name, "trainer": trainer, **found}
+
+
+def measure(bench: Bench, options: argparse.Namespace, document: dict[str, Any]) -> None:
+    """Make the measurements and the checks, the most important first, and put them in there."""
     cases = QUICK_CASES if options.quick else CASES
-    bounds = {
-        name: attempt(f"bound of {name}", lambda name=name: bound(bench, name))
-        for name in dict.fromkeys(case.model for case in cases)
-    }
+    bounds, measured = measure_ours(bench, cases)
+    document |= {"bounds": bounds, "measured": measured}
     device = next((b["device"] for b in bounds.values() if "device" in b), {"name": "unknown"})
     on_device = device["name"] not in ("cpu", "unknown")
     if not on_device and not options.quick:
@@ -342,53 +385,46 @@ def measure(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit(f"no CUDA device {reasons or ''}; --quick shows on a CPU that all runs")
     can_compile, can_fp8 = bool(device.get("can_compile")), bool(device.get("can_fp8"))
     checks: dict[str, Any] = {}
+    document |= {"device": device, "checks": checks}
     if not options.no_checks:
-        checks["loss curves"] = curves_check(bench, options, can_compile, can_fp8)
-    python, reason = find_peer(options)
-    work: list[tuple[Case, str, Callable[[], dict[str, Any]]]] = [
-        (case, "postgrad", lambda case=case: ours(bench, case, can_compile)) for case in cases
-    ]
-    for case in cases if can_compile and can_fp8 else ():
-        if case.model in FP8_MODELS:
-            work.append((case, "postgrad, fp8", lambda case=case: ours(bench, case, True, True)))
-    for case in cases if python else ():
-        for name, setting in peer_settings(case).items():
-            work.append((case, name, lambda c=case, s=setting: peer(bench, python, c, s)))
-    for case in cases if can_compile else ():
-        work.append((case, "postgrad, uncompiled", lambda case=case: ours(bench, case, False)))
-    measured = []
-    for case, trainer, action in work:
-        found = attempt(f"{case.model}, {case.name}: {trainer}", action)
-        found |= share_of_bound(found, bounds[case.model], case.kind)
-        measured.append({"model": case.model, "case": case.name, "trainer": trainer, **found})
-    if on_device and not options.no_checks:
-        checks["tests on the device"] = attempt("tests", lambda: device_tests(bench))
-    return {
-        "device": device,
-        "checks": checks,
-        "bounds": bounds,
-        "measured": measured,
-        "peer": frozen(python) if python else reason,
-    }
+        with ThreadPoolExecutor() as pool:
+            if on_device:
+                tests = pool.submit(attempt, "tests", lambda: device_tests(bench))
+            checks["loss curves"] = curves_check(bench, options, can_compile, can_fp8)
+            if on_device:
+                checks["tests on the device"] = tests.result()
+    python, document["peer"] = find_peer(options)
+    for name in ("TRL tuned", "TRL defaults") if python else ():
+        for case in cases:
+            setting = peer_settings(case)[name]
+            found = attempt(
+                f"{case.model}, {case.name}: {name}",
+                lambda case=case, setting=setting: peer(bench, python, case, setting),
+            )
+            measured.append(noted(case, name, found, bounds))
+    if on_device and options.ablations:
+        for name, how in ABLATIONS.items():
+            (found,) = bench.work(ours(bench, cases[0], **how))
+            measured.append(noted(cases[0], f"postgrad, {name}", found, bounds))
 
 
 def curves_check(
     bench: Bench, options: argparse.Namespace, can_compile: bool, can_fp8: bool
 ) -> dict[str, Any]:
     """Compare loss curves on the real model, or on random weights where none was given."""
-    if options.model:
-        model, name = model_directory(options.model), options.model
-    else:
-        model = bench.shape("tiny" if options.quick else "smollm2-135m")
-        name = f"{model.name}, random weights"
-        attempt("random weights", lambda: bench.work(job="save", model=str(model)))
-    return {
-        "model": name,
-        **attempt(
-            "loss curves",
-            lambda: loss_curves(bench, model, options.reference, can_compile, can_fp8),
-        ),
-    }
+
+    def compare() -> dict[str, Any]:
+        if options.model:
+            model, name = model_directory(options.model), options.model
+        else:
+            model = bench.shape("tiny" if options.quick else "smollm2-135m")
+            name = f"{model.name}, random weights"
+            bench.work({"job": "save", "model": str(model)})
+            (model / ".bytes").touch()
+        curves = loss_curves(bench, model, options.reference, can_compile, can_fp8)
+        return {"model": name, **curves}
+
+    return attempt("loss curves", compare)
 
 
 def speed_table(document: dict[str, Any]) -> str:
@@ -438,6 +474,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peer-python", type=Path, help="a Python that has TRL")
     parser.add_argument("--no-peer", action="store_true", help="without TRL")
     parser.add_argument("--no-checks", action="store_true", help="speed only")
+    parser.add_argument("--ablations", action="store_true", help="also without each fast path")
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything")
     parser.add_argument("--out", type=Path, help="the JSON; default: benchmarks/results/...")
     parser.add_argument("--keep", type=Path, help="working folder with all logs, kept")
@@ -457,18 +494,23 @@ def main() -> None:
             text = json.dumps({"model": options.model, "losses": losses}) + "\n"
             options.make_reference.write_text(text, encoding="utf-8")
             return
-        found = measure(bench, options)
-    document = {
-        "benchmark": "gpu-train-speed",
-        **circumstances(),
-        **found,
-        "lora": LORA,
-        "quick": options.quick,
-        "seconds": round(time.monotonic() - began, 1),
-    }
-    slug = re.sub(r"[^a-z0-9]+", "-", document["device"]["name"].lower()).strip("-")
-    out = options.out or RESULTS / f"{document['date']}-{slug}-gpu-train-speed.json"
-    say(f"written: {write_result(document, 'gpu-train-speed', out)}")
+        document = {
+            "benchmark": "gpu-train-speed",
+            **circumstances(),
+            "device": {"name": "unknown"},
+            "checks": {},
+            "measured": [],
+            "peer": "not asked",
+            "lora": LORA,
+            "quick": options.quick,
+        }
+        try:
+            measure(bench, options, document)
+        finally:
+            document["seconds"] = round(time.monotonic() - began, 1)
+            slug = re.sub(r"[^a-z0-9]+", "-", document["device"]["name"].lower()).strip("-")
+            out = options.out or RESULTS / f"{document['date']}-{slug}-gpu-train-speed.json"
+            say(f"written: {write_result(document, 'gpu-train-speed', out)}")
     print(speed_table(document))
     if not all(check.get("passed") for check in document["checks"].values()):
         raise SystemExit(1)

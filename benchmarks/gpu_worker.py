@@ -1,6 +1,7 @@
-"""One measurement of gpu_train_speed.py in a process of its own. Prints a JSON document last.
+"""Measurements of gpu_train_speed.py that share a process, because starting one takes long.
 
-Usage: python gpu_worker.py SPEC.json. The spec's `job` is one of
+Usage: python gpu_worker.py SPECS.json, a list. A line of JSON for each, in order; a job that fails
+says so in its line. A spec's `job` is one of
 
     train   `postgrad.train.fit.fit` on a model with random weights: model and run (directories),
             kind, rows, tokens_per_batch, micro_batch_tokens, steps, warmup_steps, compile, graphs;
@@ -10,6 +11,7 @@ Usage: python gpu_worker.py SPEC.json. The spec's `job` is one of
 """
 
 import functools
+import gc
 import json
 import sys
 import time
@@ -145,10 +147,17 @@ def facts() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Do the job of the spec."""
-    spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    found = {"train": train, "bound": bound, "save": save}[spec["job"]](spec)
-    print(json.dumps({**found, "device": facts()}))
+    """Do the jobs, one after another, in the memory that the one before gave back."""
+    for spec in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            found = {"train": train, "bound": bound, "save": save}[spec["job"]](spec)
+        except (RuntimeError, ValueError, TypeError, OSError) as error:
+            found = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+        print("JOB", json.dumps({**found, "device": facts()}), flush=True)
 
 
 if __name__ == "__main__":
