@@ -8,11 +8,14 @@ there, and that padding to common sizes changes nothing.
 import pytest
 import torch
 
+from postgrad.config import LoraConfig
 from postgrad.data.batches import micro_batches
 from postgrad.model import attention
 from postgrad.model.attention_cuda import varlen_attention
 from postgrad.train import graphs as module
-from postgrad.train.graphs import Graphs, power_of_two
+from postgrad.train.graphs import Graphs, power_of_two, tensors
+from postgrad.train.preflight.device import graphs_match
+from postgrad.train.preflight.measured import TOLERANCES
 from postgrad.train.sft import SupervisedFineTuning
 from postgrad.types import LossSum
 from training import load_model, make_rows, make_training, timeless, weights_of
@@ -114,6 +117,51 @@ def test_a_graph_that_leaves_no_room_for_another_pass_is_given_up(
     trained(tiny_model_dir, tmp_path / "run", graphs)
     assert "beside the graph" in graphs.reason
     assert graphs.recorded == {}
+
+
+def test_without_a_kernel_that_reads_the_ends_nothing_is_recorded(
+    tiny_model_dir, tmp_path, monkeypatch
+):
+    """As in float32: other realisations read a layout's lengths, which a graph does not change."""
+    monkeypatch.setattr(module, "capture", lambda *_: pytest.fail("recorded"))
+    graphs = Graphs(LONGEST, CAPACITY)
+    ours = trained(tiny_model_dir, tmp_path / "graphs", graphs)
+    plain = trained(tiny_model_dir, tmp_path / "plain")
+    assert "need the flash kernel" in graphs.reason
+    for one, other in zip(timeless(ours.run), timeless(plain.run), strict=True):
+        assert one == pytest.approx(other, rel=1e-6)
+
+
+def checked(model):
+    rows = make_rows(4, seed=5)
+    return graphs_match(model, SupervisedFineTuning(), rows, TOLERANCES[torch.float32])
+
+
+def test_a_replay_is_compared_on_the_rows_before_training(tiny_model_dir, recorder, monkeypatch):
+    model = load_model(tiny_model_dir, LoraConfig(r=4))
+    assert checked(model).passed
+    assert len(recorder) == 1
+    # a graph that still sees the documents, or the labels, that it was recorded with
+    for left in ("ends", "labels"):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "tensors", lambda at, left=left: without(at, left))
+            found = checked(model)
+        assert not found.passed
+        assert found.remedy == "set train.cuda_graphs to false"
+    monkeypatch.setattr(module, "capture", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        checked(model)
+
+
+def without(at, left):
+    dropped = at.inputs["layout"].ends if left == "ends" else at.labels
+    return [tensor for tensor in tensors(at) if tensor is not dropped]
+
+
+def test_what_is_not_recorded_passes_and_says_so(tiny_model_dir):
+    found = checked(load_model(tiny_model_dir, LoraConfig(r=4)))
+    assert found.passed
+    assert found.detail.startswith("not recorded, so not used: documents whose ends")
 
 
 def test_padded_batches_are_left_alone(tiny_model_dir, tmp_path, recorder):

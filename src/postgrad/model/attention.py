@@ -139,6 +139,12 @@ def _realise(
             return dense_attention(q, k, v, layout, scale)
         if (kernel := varlen_kernel(q, layout)) is not None:
             return varlen_attention(kernel, q, k, v, layout, scale)
+    if layout.ends is not None:  # then its lengths are not those of the documents
+        raise ModelError(
+            "documents whose ends are on the device need the flash kernel for documents of any "
+            "length, which does not take these queries",
+            "set train.cuda_graphs to false",
+        )
     if layout.window is not None:
         limit = min(limit, max(WINDOW_BUCKETS, 2 * layout.window))
     if dropout or q.device.type != "cpu" or min(layout.spans) > limit:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from postgrad.errors import ModelError
 from postgrad.train.fit import one_backward
 from postgrad.train.optimizer import trainable
 from postgrad.train.sft import Positions, Room, SupervisedFineTuning
@@ -82,7 +83,11 @@ class Graphs:
             self.replayed += 1
             return LossSum(recorded.loss.total, batch.supervised, terms=recorded.loss.terms)
         self.other += 1
-        loss = at_once(model, objective, at, batch.supervised, weight)
+        try:
+            loss = at_once(model, objective, at, batch.supervised, weight)
+        except ModelError as error:
+            self.reason = str(error).partition("\n")[0]
+            return one_backward(model, objective, batch, weight)
         if not self._gradients:
             self._gradients = {p: p.grad for p in trainable(model).values() if p.grad is not None}
         self._seen[room] += 1

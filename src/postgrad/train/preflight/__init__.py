@@ -48,6 +48,7 @@ NAMES = (
     "accumulation-invariance",
     "shared-prefix-matches",
     "fp8-near-bf16",
+    "graphs-match",
     "fits-in-memory",
 )
 """Every check made here, in order; those of the data come with the data set."""

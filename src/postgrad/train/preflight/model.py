@@ -3,10 +3,9 @@
 Nothing is changed: gradients are removed, the mode and the random state are put back.
 """
 
-import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -19,10 +18,17 @@ from postgrad.data.batches import micro_batches
 from postgrad.data.render import Rendering
 from postgrad.model.attention import BUCKET_LIMIT, is_ours, training_attention
 from postgrad.model.fused import own_layers
-from postgrad.model.lora import without_fp8
 from postgrad.model.transfer import on_device
 from postgrad.train.objective import Objective
-from postgrad.train.optimizer import trainable
+from postgrad.train.preflight.device import fp8_near_bf16, graphs_match
+from postgrad.train.preflight.measured import (
+    TOLERANCES,
+    Measured,
+    Tolerance,
+    compare,
+    measure,
+    objective_losses,
+)
 from postgrad.train.preflight.memory import fits_in_memory
 from postgrad.train.sft import model_inputs
 from postgrad.types import Batch, Check, Tokens
@@ -34,29 +40,6 @@ BEGINNING = 16
 """Tokens of them that are the beginning."""
 LONG_PROBE_TOKENS = BUCKET_LIMIT + 16
 """Tokens of the first probe row at least, if the user's rows are so long."""
-SAMPLED_ELEMENTS = 20_000_000
-"""Gradient elements that are compared one by one; norms are over all."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tolerance:
-    """Largest relative differences that rounding explains, by compute precision."""
-
-    loss: float
-    norm: float
-    """Of the whole gradient."""
-    gradient: float
-    """Norm of the difference of two gradients, as a share of the norm."""
-
-
-TOLERANCES = {
-    torch.float32: Tolerance(loss=1e-4, norm=1e-3, gradient=1e-2),
-    torch.bfloat16: Tolerance(loss=2e-2, norm=5e-2, gradient=2.5e-1),
-}
-"""Measured on a 135M model: 1e-6, 1e-6 and 9e-6 in float32; 3e-3, 1e-3 and 5e-2 in bfloat16. What
-the checks are for (a mean for a sum, a shifted label, a scaled logit) is 0.1 and more in all."""
-FP8 = Tolerance(loss=5e-2, norm=2e-1, gradient=5e-1)
-"""The same for products in float8 against bf16: 2e-2, 8e-2 and 3e-1 on the 135M model."""
 
 
 def check_model(
@@ -86,7 +69,7 @@ def check_model(
         isolation = packing_isolation(model, rows, config.packing, long_tokens, share)
         packed = bool(isolation.data["packed"])
         with training_attention(model):
-            ours = measure(model, _objective_losses(model, objective, rows, packed), rows)
+            ours = measure(model, objective_losses(model, objective, rows, packed), rows)
         # memory of batches in which no beginning is shared: a row may begin otherwise
         apart: Any = replace(cast(Any, objective), share_prefix=False) if share else objective
         return (
@@ -101,6 +84,11 @@ def check_model(
                 else []
             ),
             *([fp8_near_bf16(model, apart, rows, packed)] if config.fp8 else []),
+            *(
+                [graphs_match(model, cast(Any, objective), rows, tolerance)]
+                if config.cuda_graphs is True and packed
+                else []
+            ),
             fits_in_memory(model, apart, renderings, micro_batch_tokens, packed),
         )
 
@@ -322,15 +310,6 @@ def _hidden(model: Any, batch: Batch, share: bool) -> Tensor:
     return hidden[:, on_device(place[0], device)]
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """A loss in nats per supervised token and its gradient."""
-
-    loss: float
-    norm: float
-    sample: dict[str, Tensor]
-
-
 def loss_matches_reference(
     model: Any, ours: Measured, rows: Sequence[Tokens], tolerance: Tolerance
 ) -> Check:
@@ -341,7 +320,7 @@ def loss_matches_reference(
     """
     with _transformers_code(model):
         reference = measure(model, (_reference_loss(model, row) for row in rows), rows)
-    return _compare(
+    return compare(
         "loss-matches-reference",
         ours,
         reference,
@@ -357,8 +336,8 @@ def accumulation_invariance(
 ) -> Check:
     """One micro-batch or one per row, packed or padded: the same loss sum and gradient."""
     with training_attention(model):
-        apart = measure(model, _objective_losses(model, objective, rows, False, 1), rows)
-    return _compare(
+        apart = measure(model, objective_losses(model, objective, rows, False, 1), rows)
+    return compare(
         "accumulation-invariance",
         ours,
         apart,
@@ -379,9 +358,9 @@ def shared_prefix_matches(
     other[last] = next(i for i in (*row.ids, 0, 1) if i != other[last])
     pair = [row, Tokens(other, row.weights, "probe-other")]
     with training_attention(model):
-        shared = measure(model, _objective_losses(model, objective, pair, True), pair)
-        single = measure(model, _objective_losses(model, apart, pair, True), pair)
-    return _compare(
+        shared = measure(model, objective_losses(model, objective, pair, True), pair)
+        single = measure(model, objective_losses(model, apart, pair, True), pair)
+    return compare(
         "shared-prefix-matches",
         shared,
         single,
@@ -389,34 +368,6 @@ def shared_prefix_matches(
         "the same two rows by themselves",
         "set train.shared_prefix to off",
     )
-
-
-def fp8_near_bf16(model: Any, objective: Objective, rows: Sequence[Tokens], packed: bool) -> Check:
-    """A training step in float8 has nearly the loss and gradient of one in bf16."""
-    found = []
-    with training_attention(model):
-        model.train()
-        for computing in (nullcontext(), without_fp8(model)):
-            torch.manual_seed(0)  # the same dropout
-            with computing:
-                losses = _objective_losses(model, objective, rows, packed)
-                found.append(measure(model, losses, rows))
-        model.eval()
-    remedy = "set train.fp8 to false: this model has activations that 8 bits do not hold"
-    ours, other = found
-    return _compare("fp8-near-bf16", ours, other, FP8, "products in bf16", remedy)
-
-
-def _objective_losses(
-    model: Any,
-    objective: Objective,
-    rows: Sequence[Tokens],
-    packed: bool,
-    capacity: int | None = None,
-) -> Iterator[Tensor]:
-    tokens = capacity or len(rows) * max(map(len, rows))
-    for batch in micro_batches(rows, tokens, packed):
-        yield objective(model, batch).total
 
 
 @contextmanager
@@ -438,51 +389,6 @@ def _reference_loss(model: Any, row: Tokens) -> Tensor:
     logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
     losses = functional.cross_entropy(logits, ids[1:], reduction="none")
     return (losses * weights[1:]).sum(dtype=torch.float64)
-
-
-def measure(model: Any, losses: Iterator[Tensor], rows: Sequence[Tokens]) -> Measured:
-    """Add up loss sums and the gradients of the trained parameters, both per supervised token."""
-    weight = sum(row.supervised for row in rows)
-    model.zero_grad(set_to_none=True)
-    total = 0.0
-    for loss in losses:
-        (loss / weight).backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
-    gradients = {name: p.grad for name, p in trainable(model).items() if p.grad is not None}
-    norm = float(torch.nn.utils.get_total_norm(list(gradients.values())))
-    sample, left = {}, SAMPLED_ELEMENTS
-    for name in sorted(gradients, key=lambda name: (gradients[name].numel(), name)):
-        left -= gradients[name].numel()
-        if left < 0:
-            break
-        sample[name] = gradients[name].float().clone()
-    model.zero_grad(set_to_none=True)
-    return Measured(total / weight, norm, sample)
-
-
-def _compare(
-    name: str, ours: Measured, other: Measured, tolerance: Tolerance, what: str, remedy: str
-) -> Check:
-    loss = abs(ours.loss - other.loss) / max(1.0, abs(other.loss))
-    norm = abs(ours.norm - other.norm) / max(other.norm, 1e-12)
-    difference = math.sqrt(sum(_square(ours.sample[n] - g) for n, g in other.sample.items()))
-    size = math.sqrt(sum(_square(g) for g in other.sample.values()))
-    gradient = difference / max(size, 1e-12)
-    passed = loss <= tolerance.loss and norm <= tolerance.norm and gradient <= tolerance.gradient
-    detail = (
-        f"loss {ours.loss:.5f} against {other.loss:.5f} nats per token by {what}, gradient norm "
-        f"{ours.norm:.5g} against {other.norm:.5g} (differences: loss {loss:.1e}, norm {norm:.1e}, "
-        f"gradient {gradient:.1e}; limits {tolerance.loss:.0e}, {tolerance.norm:.0e}, "
-        f"{tolerance.gradient:.0e})"
-    )
-    data = {"loss": ours.loss, "reference_loss": other.loss, "loss_difference": loss}
-    data |= {"gradient_norm": ours.norm, "reference_gradient_norm": other.norm}
-    data |= {"norm_difference": norm, "gradient_difference": gradient}
-    return Check(name, passed, detail, "" if passed else remedy, data=data)
-
-
-def _square(tensor: Tensor) -> float:
-    return float(tensor.double().square().sum())
 
 
 def _first_line(error: Exception) -> str:
