@@ -63,7 +63,7 @@ def files(tiny_model_dir, tmp_path_factory):
     return folder
 
 
-def write_recipe(files, folder, model, adapt=None, train=(), floor=5.0, items=60, **evaluate):
+def write_recipe(files, folder, model, adapt=None, train=(), floor=6.0, items=60, **evaluate):
     """A recipe with a benchmark of 200 items, 60 of them reported."""
     stopping = {"retention_floor": {"words": floor}, "retention_items": items} if floor else {}
     train = {"early_stopping": {"patience": 2, **stopping}, **dict(train)}
@@ -72,7 +72,7 @@ def write_recipe(files, folder, model, adapt=None, train=(), floor=5.0, items=60
         "model": {"base": str(model), "precision": "fp32", "adapt": adapt or {"r": 4}},
         "data": {"train": str(files / "rows.jsonl"), "validation": 0.2, "test": 0.2},
         "train": {
-            "max_steps": 12, "threads": 1, "learning_rate": 0.01, "eval_steps": 2,
+            "max_steps": 12, "threads": 1, "learning_rate": 0.001, "eval_steps": 2,
             "attention_bucket_tokens": 64, "micro_batch_tokens": 1024, **train,
         },
         "evaluate": {
@@ -117,8 +117,8 @@ def test_the_floor_decides_which_step_is_best_and_stops(finished, files, tiny_mo
     _, run, document = finished
     found, facts = watched(run), document["train"]
     assert found[0][1:] == (1.0, 0.0)
-    above = {step: loss for step, (loss, _, change) in found.items() if change >= -0.05}
-    assert facts["best_step"] == min(above, key=above.get)
+    above = {step: loss for step, (loss, _, change) in found.items() if change >= -0.06}
+    assert facts["best_step"] == min(above, key=above.get) > 0
     assert facts["stopped"] == "early"
     assert "below retention_floor (in the last one words lost" in facts["stop_reason"]
     lowest = min(found, key=lambda step: found[step][0])
@@ -127,7 +127,7 @@ def test_the_floor_decides_which_step_is_best_and_stops(finished, files, tiny_mo
     assert free.record["train"]["best_step"] >= lowest > facts["best_step"]
     kept = facts["retention"]["words"]
     assert (kept["accuracy"], kept["difference"]) == found[facts["best_step"]][1:]
-    assert (kept["items"], kept["margin"]) == (60, 5.0)
+    assert (kept["items"], kept["margin"]) == (60, 6.0)
 
 
 def test_every_answer_is_evidence_and_the_figures_follow_from_it(finished):
@@ -149,8 +149,8 @@ def test_the_items_are_not_those_that_are_reported(finished):
     seen = {row.example_id for row in read_evidence(run, "stopping/words", "base")}
     assert (len(reported), len(seen)) == (60, 60)
     assert not reported & seen
-    [general] = [m for m in document["measurements"] if (m["task"], m["arm"]) == ("words", "tuned")]
-    assert general["n"] == 60
+    general = [m for m in document["measurements"] if (m["task"], m["arm"]) == ("words", "tuned")]
+    assert {m["n"] for m in general} == {60}
 
 
 def test_nor_those_of_the_dial_and_no_item_repeats_another(files, tiny_model_dir, tmp_path):
@@ -176,8 +176,7 @@ def test_nor_those_of_the_dial_and_no_item_repeats_another(files, tiny_model_dir
 
 @pytest.mark.parametrize("adapt", [{"r": 4}, {"kind": "full"}], ids=["lora", "full"])
 def test_watching_changes_nothing_of_the_training(files, tiny_model_dir, tmp_path, adapt):
-    rate = 0.01 if "r" in adapt else 1e-3
-    train = {"learning_rate": rate, "max_steps": 4}
+    train = {"max_steps": 4}
     found = []
     for name, floor in (("with", 100.0), ("without", None)):
         run = trained(files, tmp_path, tiny_model_dir, name, adapt=adapt, floor=floor, train=train)
@@ -196,8 +195,7 @@ def test_watching_changes_nothing_of_the_training(files, tiny_model_dir, tmp_pat
 def test_a_resumed_run_equals_one_that_was_not_interrupted(
     files, tiny_model_dir, tmp_path, adapt, monkeypatch
 ):
-    train = {"learning_rate": 0.01 if "r" in adapt else 2e-3}
-    path = write_recipe(files, tmp_path, tiny_model_dir, adapt=adapt, train=train)
+    path = write_recipe(files, tmp_path, tiny_model_dir, adapt=adapt)
     recipe = load_recipe(path)
     stages.train(recipe, stages.Options(out=tmp_path / "straight"))
     straight = Run(tmp_path / "straight")
@@ -261,7 +259,7 @@ def test_a_base_that_was_lost_is_asked_again_and_other_items_are_refused(
 def test_full_tuning_in_bfloat16_is_watched_in_its_precision(files, tiny_model_dir, tmp_path):
     path = write_recipe(
         files, tmp_path, tiny_model_dir, adapt={"kind": "full"}, floor=100.0,
-        train={"learning_rate": 1e-3, "max_steps": 4},
+        train={"max_steps": 4},
     )  # fmt: skip
     recipe = load_recipe(path, ["model.precision=bf16"])
     stages.train(recipe, stages.Options(out=tmp_path / "out"))
@@ -278,7 +276,7 @@ def test_the_report_says_and_draws_what_was_watched(finished):
     assert "below retention_floor" in training
     assert "On the items that early stopping watched the kept weights change words by" in training
     assert "words: points against the base, on watched items" in training
-    assert "floor \N{MINUS SIGN}5" in training
+    assert "floor \N{MINUS SIGN}6" in training
     curves = collect(run).curves
     assert [step for step, _ in curves.retention["words"]] == list(watched(run))
     assert "retention-floor" in page
@@ -291,9 +289,9 @@ def test_doctor_and_preflight_say_what_is_watched(files, tiny_model_dir, tmp_pat
     found = checks["retention-floor"]
     assert found["passed"]
     assert found["detail"] == (
-        "words on 60 items that are not reported: at most 5 points lost, an item is 1.7"
+        "words on 60 items that are not reported: at most 6 points lost, an item is 1.7"
     )
-    assert found["data"] == {"words": {"items": 60, "margin": 5.0}}
+    assert found["data"] == {"words": {"items": 60, "margin": 6.0}}
     fine = load_recipe(path, ["train.early_stopping.retention_floor={words: 1}"])
     with pytest.raises(PreflightError, match="a single item lost would break the floor") as error:
         stages.train(fine, stages.Options(out=tmp_path / "fine"))

@@ -56,7 +56,7 @@ def train_model(
     assert isinstance(config.eval_steps, int)
     optimizer = make_optimizer(session.model, config, peak)
     probe = open_kl_probe(session, run, packed)
-    kept = watch(session, 0) if watch else {}
+    watched = watch(session, 0) if watch else {}
     measure = _measurement(session, validation, probe, watch)
     start = resume(run, session.model, optimizer)
     if start is None:
@@ -113,7 +113,7 @@ def train_model(
     if graphs is not None:
         run.event("cuda-graphs", **graphs.counts(), reason=graphs.reason)
     facts = _facts(session, run, progress, restored, memory.bytes, len(stream), packed)
-    return facts | ({"retention": _kept(run, facts["best_step"], kept)} if kept else {})
+    return facts | ({"retention": _kept(run, facts["best_step"], watched)} if watched else {})
 
 
 def open_graphs(session: Session, packed: bool) -> Graphs | None:
