@@ -103,8 +103,8 @@ class EarlyStoppingConfig(Section):
     evaluate.retention, for example {piqa: 2, all: 3}; `all` stands for every one that is not named.
     A checkpoint that lost more is never the best one and counts as no improvement. Measured at
     every held-out loss; the estimate itself decides, not its interval. Empty = not measured."""
-    retention_items: PositiveInt = 200
-    """Items of each benchmark of retention_floor (a seeded sample, at least 50), never among those
+    retention_items: Annotated[int, Field(ge=50)] = 200
+    """Items of each benchmark of retention_floor (a seeded sample), never among those
     of evaluate.retention_limit or evaluate.dial.items, so that these judge what was chosen."""
 
     def problem(self, retention: Sequence[str]) -> str | None:
