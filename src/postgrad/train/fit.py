@@ -80,8 +80,7 @@ def fit(
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint was saved first.
     """
     world, display = world or World(), display or SilentDisplay()
-    backward = backward or one_backward
-    progress = start or Progress()
+    backward, progress = backward or one_backward, start or Progress()
     parameters = list(trainable(model).values())
     began = time.monotonic() - progress.seconds
     saved = time.monotonic()
