@@ -296,3 +296,30 @@ def test_float8_that_cannot_be_had_on_any_machine_is_refused(override, message):
     assert not parse_recipe(TREE).train.fp8
     with pytest.raises(ConfigError, match=message):
         parse_recipe(apply_overrides(TREE, ["train.fp8=true", override]))
+
+
+def test_a_retention_floor_is_said_like_a_gate():
+    floor = ["evaluate.retention=[piqa, mmlu]"]
+    floor += ["train.early_stopping.retention_floor={piqa: 2, all: 3.5}"]
+    stopping = parse_recipe(apply_overrides(TREE, floor)).train.early_stopping
+    assert stopping.retention_floor == {"piqa": 2.0, "all": 3.5}
+    assert stopping.retention_items == 200
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["train.early_stopping.retention_floor={piqa: 2}"],
+            r"evaluate\.retention, which is empty",
+        ),
+        (["train.early_stopping.retention_items=50"], r"retention_floor asks, which is empty"),
+        (
+            ["evaluate.retention=[piqa]", "train.early_stopping.retention_floor={piqa: 0}"],
+            r"retention_floor must be greater than 0",
+        ),
+    ],
+)
+def test_a_retention_floor_that_cannot_be_watched_is_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_recipe(apply_overrides(TREE, overrides))

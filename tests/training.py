@@ -104,7 +104,7 @@ class Training:
                 partial(learning_rate, steps=steps, peak=train.learning_rate),
                 loop=Loop(**settings),
                 run=self.run,
-                validate=lambda: self.validation(self.model, self.objective, world),
+                validate=lambda _: self.validation(self.model, self.objective, world),
                 stopper=partial(observe, patience=patience, min_delta=min_delta),
                 probes=probes,
                 start=start,

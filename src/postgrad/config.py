@@ -42,6 +42,7 @@ __all__ = [
     "ColumnsConfig",
     "DataConfig",
     "DialConfig",
+    "EarlyStoppingConfig",
     "EvaluateConfig",
     "FullConfig",
     "GatesConfig",
@@ -368,6 +369,9 @@ class Recipe(Section):
         data, train, stopping = self.data, self.train, self.train.early_stopping
         if stopping and stopping.max_kl is not None and train.kl_probe is None:
             raise ValueError("train.early_stopping.max_kl is measured on train.kl_probe, not null")
+        problem = stopping and stopping.problem(self.evaluate.retention)
+        if problem:
+            raise ValueError(problem)
         if train.kl_weight and self.model.adapt.kind == "full":
             raise ValueError(
                 "train.kl_weight needs LoRA, whose base is the adapter switched off; full tuning "

@@ -187,6 +187,9 @@ class Amount:
         return Amount(*(round(value * factor) for value in values))
 
 
+NOTHING = Amount(0, 0, 0)
+
+
 def amount_of(documents: Iterable[tuple[int, int]]) -> Amount:
     """Sum documents given as (tokens, supervised positions).
 

@@ -3,7 +3,7 @@
 Pure: no disk, no network. `postgrad.config` puts them together.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -98,6 +98,31 @@ class EarlyStoppingConfig(Section):
     max_kl: PositiveFloat | None = None
     """Largest distance from the base, KL(base || tuned) in nats per token on `train.kl_probe`. A
     checkpoint beyond it is never the best one and counts as no improvement; null = no limit."""
+    retention_floor: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """Points of accuracy that may be lost at most against the base model, by benchmark of
+    evaluate.retention, for example {piqa: 2, all: 3}; `all` stands for every one that is not named.
+    A checkpoint that lost more is never the best one and counts as no improvement. Measured at
+    every held-out loss; the estimate itself decides, not its interval. Empty = not measured."""
+    retention_items: Annotated[int, Field(ge=50)] = 200
+    """Items of each benchmark of retention_floor (a seeded sample), never among those
+    of evaluate.retention_limit or evaluate.dial.items, so that these judge what was chosen."""
+
+    def problem(self, retention: Sequence[str]) -> str | None:
+        """Return what is wrong between its keys and evaluate.retention, if anything."""
+        usual = type(self).model_fields["retention_items"].default
+        if not self.retention_floor:
+            if self.retention_items == usual:
+                return None
+            return (
+                "train.early_stopping.retention_items says how many items retention_floor asks, "
+                "which is empty"
+            )
+        if not retention:
+            return (
+                "train.early_stopping.retention_floor watches benchmarks of evaluate.retention, "
+                "which is empty"
+            )
+        return None
 
 
 class DialConfig(Section):

@@ -13,6 +13,7 @@ from postgrad.config import Recipe
 from postgrad.data.dataset import Dataset, load_dataset, read_dataset, save_dataset
 from postgrad.data.replay import SELF, planned_self_replay
 from postgrad.errors import ConfigError, RunError
+from postgrad.evaluate.floor import Floor, check_floors, load_floors, open_watch, planned_amount
 from postgrad.progress import Display, SilentDisplay
 from postgrad.run import Run, create_run, find_resumable, read_json, write_atomic
 from postgrad.types import Check, Comparison, Measurement, Split, Verdict
@@ -73,6 +74,7 @@ def run_seeds(recipe: Recipe, count: int, options: Options) -> dict[str, Any]:
 
 def train(recipe: Recipe, options: Options) -> dict[str, Any]:
     """Data, pre-flight and training; `evaluate RUN` can follow."""
+    load_floors(recipe)
     if options.dry_run:
         return plan(recipe, options)
     with _open(recipe, "train", options) as run:
@@ -181,7 +183,8 @@ def plan(recipe: Recipe, options: Options) -> dict[str, Any]:
     options.show.stage("model")
     session = open_session(recipe, dataset)
     check_given_chats(session.renderer, recipe)
-    return {"plan": dry_run(session, dataset)}
+    watched = planned_amount(recipe, session.loaded.tokenizer)
+    return {"plan": dry_run(session, dataset, watched)}
 
 
 def estimate(recipe: Recipe, runs: Path, options: Options) -> dict[str, Any]:
@@ -204,7 +207,9 @@ def estimate(recipe: Recipe, runs: Path, options: Options) -> dict[str, Any]:
         from postgrad.model.load import load_tokenizer
 
         tokenizer = load_tokenizer(directory, template)
-    work = forecast.forecast(recipe, dataset, directory, tokenizer)
+    work = forecast.forecast(
+        recipe, dataset, directory, tokenizer, planned_amount(recipe, tokenizer)
+    )
     found = speed.recorded_speed(work.recipe, work.method, runs)
     if found is None:
         key = speed.probe_key(work.recipe, work.method, work.epoch.tokens / work.rows["train"])
@@ -245,9 +250,10 @@ def doctor(recipe: Recipe) -> dict[str, Any]:
 
     dataset = _planned(recipe)
     _refuse_few_rows(recipe, dataset)
+    floors = load_floors(recipe)
     session = open_session(recipe, dataset)
     check_given_chats(session.renderer, recipe)
-    checks = session.checks(_data_checks(dataset, recipe))
+    checks = session.checks(_data_checks(dataset, recipe, floors))
     return {"checks": [asdict(check) for check in checks]}
 
 
@@ -358,7 +364,7 @@ def _train(run: Run, dataset: Dataset, options: Options) -> None:
 
     if "train" in run.record:
         return
-    first, loaded = not run.probe_path.exists(), None
+    first, loaded, floors = not run.probe_path.exists(), None, load_floors(run.config)
     if first:
         given_chats(run.config.train)  # a wrong path costs nothing
     if needs_own_answers(run.config, dataset):
@@ -369,7 +375,7 @@ def _train(run: Run, dataset: Dataset, options: Options) -> None:
         if first:
             check_given_chats(session.renderer, session.recipe)
         run.write_text(run.config_path, session.recipe.to_yaml())
-        checks = session.checks(_data_checks(dataset, session.recipe))
+        checks = session.checks(_data_checks(dataset, session.recipe, floors))
         write_checks(run, checks)
         run.add_dropped(asdict(row) for row in session.dropped)
         refuse(checks)
@@ -379,7 +385,8 @@ def _train(run: Run, dataset: Dataset, options: Options) -> None:
             session = probe_learning_rate(session, run, packed, options.show)
             run.write_text(run.config_path, session.recipe.to_yaml())
     with _timed(run, "train", options):
-        facts = train_model(session, run, packed, options.show)
+        watch = open_watch(run, session.recipe, floors, options.show)
+        facts = train_model(session, run, packed, options.show, watch)
         merge = export_model(session, run, packed)
         run.update(train=facts, **({"merge": merge} if merge else {}))
 
@@ -396,12 +403,13 @@ def _planned(recipe: Recipe) -> Dataset:
     return replace(dataset, replay=planned_self_replay(recipe.data, rows, recipe.data_seed))
 
 
-def _data_checks(dataset: Dataset, recipe: Recipe) -> tuple[Check, ...]:
-    """Return the checks of the rows alone, the test rows' references included."""
+def _data_checks(dataset: Dataset, recipe: Recipe, floors: Sequence[Floor]) -> tuple[Check, ...]:
+    """Return the checks of rows and items alone, the test rows' references included."""
     from postgrad.evaluate.runner import check_references
 
     tests, scoring = dataset.of(Split.TEST), recipe.evaluate
-    return (*dataset.checks, check_references(tests, scoring.scorer, scoring.pattern))
+    answers = check_references(tests, scoring.scorer, scoring.pattern)
+    return (*dataset.checks, answers, *check_floors(floors))
 
 
 def _refuse_seeds(run: Run) -> None:
@@ -420,7 +428,7 @@ def _check_benchmarks(recipe: Recipe) -> None:
     """Find every benchmark before hours of training, not after."""
     from postgrad.evaluate.benchmarks import load_benchmarks
 
-    load_benchmarks(recipe)
+    load_floors(recipe, load_benchmarks(recipe))
 
 
 def _evaluate(run: Run, dataset: Dataset, options: Options) -> None:
@@ -433,6 +441,7 @@ def _evaluate(run: Run, dataset: Dataset, options: Options) -> None:
 def _learning_curve(run: Run, options: Options) -> None:
     """Train on each share of the rows that is not done, in runs inside this one; measure them."""
     from postgrad.evaluate.learning_curve import measure_curve, share_recipe
+    from postgrad.evaluate.seeds import reuse_base_evidence
     from postgrad.evaluate.workflow import answer_limit
 
     shares = run.recipe.evaluate.learning_curve
@@ -444,7 +453,10 @@ def _learning_curve(run: Run, options: Options) -> None:
             if not _is_done(member):
                 inside = _inside(options, member)
                 limit = answer_limit(run, read_dataset(run))
-                with _open(share_recipe(run, share, limit), "run", inside):
+                own = share_recipe(run, share, limit)
+                with _open(own, "run", inside):
+                    if own.evaluate.retention:
+                        reuse_base_evidence(run, member, "*.jsonl")
                     _whole(member, inside)
         options.show.note(f"learning curve: {measure_curve(run, members).finding}")
 

@@ -13,7 +13,7 @@ from postgrad.config import load_recipe
 from postgrad.errors import ConfigError
 from postgrad.evaluate.benchmarks import load_benchmark
 from postgrad.evaluate.evidence import read_evidence
-from postgrad.evaluate.retention import requests
+from postgrad.evaluate.prompts import requests
 from postgrad.report.collect import collect
 from postgrad.run import Run, read_jsonl
 from postgrad.types import Message

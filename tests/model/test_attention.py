@@ -1,5 +1,6 @@
 """Every realisation of packed attention computes the definition, forward and backward."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,8 +25,9 @@ from transformers import (
 
 from postgrad.errors import ModelError
 from postgrad.model import attention, buckets, kernels
-from postgrad.model.attention import packed_attention, training_attention
+from postgrad.model.attention import own_attention, packed_attention, training_attention
 from postgrad.model.layout import Layout, layout_of_positions, reference_attention
+from postgrad.model.likelihood import Pair, log_likelihoods
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings(
@@ -375,6 +377,27 @@ def test_the_models_own_attention_comes_back_even_after_an_error(model):
     with pytest.raises(RuntimeError, match="inside"), training_attention(model):
         raise RuntimeError("inside")
     assert model.config._attn_implementation == before
+
+
+def test_likelihoods_inside_training_are_those_of_evaluation(model):
+    """By trees or by rows padded on the left, whose mask the attention of training ignores."""
+    draw = np.random.default_rng(3)
+    groups = [
+        [Pair(tuple(ids[:size].tolist()), tuple(ids[size:].tolist()))]
+        for size in (3, 30)
+        for ids in (draw.integers(3, SHAPE["vocab_size"], size + 4),)
+    ]
+    own = model.config._attn_implementation
+    outside = log_likelihoods(model, groups)
+    with training_attention(model):
+        chosen = model.config._attn_implementation
+        with own_attention(model, own):
+            inside = log_likelihoods(model, groups)
+        assert model.config._attn_implementation == chosen
+        with pytest.raises(RuntimeError, match="inside"), own_attention(model, own):
+            raise RuntimeError("inside")
+        assert model.config._attn_implementation == chosen
+    assert inside == outside
 
 
 def test_an_inner_block_keeps_the_limit_of_the_outer(model):

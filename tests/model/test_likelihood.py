@@ -69,6 +69,22 @@ def test_figures_are_those_of_a_plain_forward_pass(model, beginnings, pass_token
     check(model, groups, log_likelihoods(model, groups, pass_tokens=pass_tokens))
 
 
+@pytest.mark.parametrize("beginnings", [0, 1])
+def test_under_autocast_they_are_those_of_a_model_in_that_precision(tiny_model_dir, beginnings):
+    """Full tuning keeps weights in float32 and computes in bfloat16."""
+    wide, narrow = (
+        AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=dtype).eval()
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    groups = make_groups(beginnings, beginnings)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = log_likelihoods(wide, groups)
+    wanted = [x.logprob for group in log_likelihoods(narrow, groups) for x in group]
+    assert [x.logprob for group in found for x in group] == pytest.approx(wanted, rel=0.03, abs=0.3)
+    exact = [x.logprob for group in log_likelihoods(wide, groups) for x in group]
+    assert exact != [x.logprob for group in found for x in group]
+
+
 def test_greedy_continuations_are_recognised(model):
     context = [5, 6, 7, 8]
     made = model.generate(

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from postgrad.report import charts
 from postgrad.report.charts import NARROW, WIDE
-from postgrad.report.collect import Curves, HeldOut, Lengths, Reference, collect
+from postgrad.report.collect import Lengths, Reference, collect
+from postgrad.report.curves import Curves, HeldOut
 from postgrad.types import Measurement
 
 

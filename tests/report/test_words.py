@@ -15,7 +15,8 @@ from report_runs import (
 )
 
 from postgrad.report import words
-from postgrad.report.collect import Curves, HeldOut, Training, collect
+from postgrad.report.collect import Training, collect
+from postgrad.report.curves import Curves, HeldOut
 from postgrad.run import create_run
 from postgrad.types import Score
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from postgrad.train.stopping import HeldOut, observe, paired_difference
+from postgrad.train.stopping import HeldOut, Retained, observe, paired_difference
 
 weights = arrays(np.float64, st.shared(st.integers(2, 30), key="n"), elements=st.floats(0.5, 50))
 sums = arrays(np.float64, st.shared(st.integers(2, 30), key="n"), elements=st.floats(0, 100))
@@ -220,4 +220,78 @@ def test_the_best_is_the_first_of_the_lowest_losses_within_the_limit(pairs, max_
     pairs = [(5.0, 0.0), *pairs]
     state = observe_near(pairs, None, max_kl)[-1]
     allowed = [(held_out(loss).loss, step) for step, (loss, kl) in enumerate(pairs) if kl <= max_kl]
+    assert (state.best_loss, state.best_step) == min(allowed)
+
+
+# --- keeping what the base could do -------------------------------------------------------------
+
+
+def observe_kept(pairs, patience=3, max_kl=None, margin=2.0):
+    """States after each (loss, points against the base), until it stops; KL is the loss / 100."""
+    states = []
+    for step, (loss, change) in enumerate(pairs):
+        state = states[-1] if states else None
+        left = {"piqa": Retained(0.7 + change / 100, change / 100, 200, margin)}
+        measured = replace(held_out(loss), kl=loss / 100, retention=left)
+        states.append(observe(state, step, measured, patience, 0.0, max_kl)[0])
+        if states[-1].stopped:
+            break
+    return states
+
+
+def test_the_floor_decides_which_step_is_the_best():
+    pairs = [(3, 0), (2.5, -1), (2, -2.5), (2.4, -2), (1.5, -4)]
+    states = observe_kept(pairs)
+    assert [state.best_step for state in states] == [0, 1, 1, 3, 3]
+    assert [state.waited for state in states] == [0, 0, 1, 0, 1]
+    assert [state.beyond for state in states] == [0, 0, 1, 0, 1]
+    free = observe_kept(pairs, margin=5.0)
+    assert [state.best_step for state in free] == [0, 1, 2, 2, 4]
+
+
+def test_a_gain_or_exactly_the_margin_is_above_the_floor():
+    assert not Retained(0.68, -4 / 200, 200, 2.0).below
+    assert not Retained(0.9, 0.2, 200, 2.0).below
+    assert Retained(0.675, -5 / 200, 200, 2.0).below
+
+
+def test_patience_below_the_floor_stops_and_says_what_was_lost():
+    states = observe_kept([(3, 0), (2.5, -1), (2, -3), (1.9, -3), (1.8, -3.5), (1.7, 0)])
+    assert len(states) == 5
+    assert states[-1].best_step == 1
+    assert states[-1].reason == (
+        "the last 3 evaluations were below retention_floor (in the last one piqa lost 3.5 points "
+        "of 2 allowed)"
+    )
+
+
+def test_the_reason_names_every_limit():
+    mixed = observe_kept([(3, 0), (3, 0), (3, 0), (2, -3)])[-1]
+    assert mixed.reason == "held-out loss no longer improves above retention_floor"
+    flat = observe_kept([(3, 0)] * 4)[-1]
+    assert flat.reason == "held-out loss no longer improves"
+    far = observe_kept([(3, 0), (2, 0), (2, -3), (2, 0)], max_kl=0.001)[-1]
+    assert far.reason == (
+        "the last 3 evaluations were further than max_kl=0.001 nats per token from the base or "
+        "below retention_floor"
+    )
+    both = observe_kept([(3, 0), (3, 0), (3, 0), (2, -3)], max_kl=0.1)[-1]
+    assert both.reason == (
+        "held-out loss no longer improves within max_kl=0.1 nats per token of the base and above "
+        "retention_floor"
+    )
+
+
+@given(
+    pairs=st.lists(st.tuples(st.floats(0.1, 10), st.floats(-9, 9)), min_size=1, max_size=30),
+    margin=st.floats(0.1, 5),
+)
+def test_the_best_is_the_first_of_the_lowest_losses_above_the_floor(pairs, margin):
+    pairs = [(5.0, 0.0), *pairs]
+    state = observe_kept(pairs, None, None, margin)[-1]
+    allowed = [
+        (held_out(loss).loss, step)
+        for step, (loss, change) in enumerate(pairs)
+        if change >= -margin - 1e-9
+    ]
     assert (state.best_loss, state.best_step) == min(allowed)

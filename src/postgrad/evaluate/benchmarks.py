@@ -8,7 +8,7 @@ import dataclasses
 import importlib.util
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import ZipFile
@@ -51,6 +51,8 @@ class Benchmark:
     """Sources that were asked before and do not have it, each with the reason."""
     rest: tuple[Item, ...] = ()
     """The items that were not drawn and repeat none that was, in the order of the source."""
+    question: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Item -> the id that it shares with its repeats, for those of a source."""
 
     @property
     def label(self) -> str:
@@ -84,12 +86,21 @@ def load_benchmarks(recipe: Recipe) -> list[Benchmark]:
             raise ConfigError(
                 f"evaluate.retention: {name} is the name of two tasks", "rename your own task"
             )
-    unknown = sorted(set(evaluate.gates.retention) - {*names, *([ALL] if names else [])})
+    known = {*names, *([ALL] if names else [])}
+    unknown = sorted(set(evaluate.gates.retention) - known)
     if unknown:
         raise ConfigError(
             f"evaluate.gates.retention names {', '.join(unknown)}, which evaluate.retention does "
             "not ask, so the gate could never be met",
             "add it to evaluate.retention, or take the gate out",
+        )
+    stopping = recipe.train.early_stopping
+    unknown = sorted(set(stopping.retention_floor if stopping else ()) - known)
+    if unknown:
+        raise ConfigError(
+            f"train.early_stopping.retention_floor names {', '.join(unknown)}, which "
+            f"evaluate.retention does not ask ({', '.join(names)})",
+            "add it to evaluate.retention, or take the floor out",
         )
     if evaluate.dial:
         unreported(found, evaluate.dial.items, recipe.data_seed)
@@ -116,7 +127,7 @@ def unreported(
                 f"ones, fewer than {LEAST_ITEMS}"
             )
             continue
-        chosen, rest = _draw(others, limit, seed)
+        chosen, rest = _apart(others, limit, seed, benchmark.question)
         found.append(dataclasses.replace(benchmark, items=chosen, rest=rest))
     if not found:
         raise ConfigError(
@@ -267,10 +278,18 @@ def _sampled(
         own = item if number == 1 else dataclasses.replace(item, id=f"{item.id}-{number}")
         question[own.id] = item.id
         unique.append(own)
-    chosen, others = _draw(unique, limit, seed)
-    asked = {question[item.id] for item in chosen}
-    rest = tuple(item for item in others if question[item.id] not in asked)
-    return Benchmark(task, chosen, tuple(shots), source, len(unique), rest=rest)
+    chosen, rest = _apart(unique, limit, seed, question)
+    found = Benchmark(task, chosen, tuple(shots), source, len(unique), rest=rest)
+    return dataclasses.replace(found, question=question)
+
+
+def _apart(
+    items: Sequence[Item], limit: int | None, seed: int, question: Mapping[str, str]
+) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
+    """Return at most `limit` items, and the others that repeat none of them."""
+    chosen, others = _draw(items, limit, seed)
+    asked = {question.get(item.id, item.id) for item in chosen}
+    return chosen, tuple(i for i in others if question.get(i.id, i.id) not in asked)
 
 
 def _draw(

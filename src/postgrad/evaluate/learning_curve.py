@@ -51,7 +51,8 @@ def share_recipe(whole: Run, share: float, max_new_tokens: int) -> Recipe:
     """Return the recipe of a training on `share` of the rows of a trained run.
 
     What was resolved for the whole run holds for its shares, except the steps between evaluations.
-    Only the tuned model is asked: the base model does not depend on the rows.
+    Only the tuned model is asked: the base model does not depend on the rows. Benchmarks are asked
+    only where early stopping needs them to tell its items from the reported ones.
     """
     given, resolved = whole.recipe, whole.config
     rows, most = training_rows(whole), given.train.max_steps
@@ -59,7 +60,11 @@ def share_recipe(whole: Run, share: float, max_new_tokens: int) -> Recipe:
         "eval_steps": given.train.eval_steps,
         "max_steps": None if most is None else max(1, round(share * most)),
     }
-    evaluate = resolved.evaluate
+    evaluate, stopping = resolved.evaluate, resolved.train.early_stopping
+    watched = {}
+    if stopping and stopping.retention_floor:
+        names = ("retention", "retention_limit", "retention_template", "benchmarks")
+        watched = {name: getattr(evaluate, name) for name in names}
     return resolved.model_copy(
         update={
             "data": resolved.data.model_copy(
@@ -74,6 +79,7 @@ def share_recipe(whole: Run, share: float, max_new_tokens: int) -> Recipe:
                 max_new_tokens=max_new_tokens,
                 batch_tokens=evaluate.batch_tokens,
                 confidence=evaluate.confidence,
+                **watched,
             ),
         }
     )

@@ -19,15 +19,14 @@ from postgrad.evaluate.benchmarks import Benchmark
 from postgrad.evaluate.evidence import read_evidence, write_evidence
 from postgrad.evaluate.gates import BASE, DIALLED, TUNED
 from postgrad.evaluate.models import Models
-from postgrad.evaluate.tasks import Item, Kind, choose_shots, preamble, shot_text
+from postgrad.evaluate.prompts import Render, chat_of, contexts, requests, under_template
+from postgrad.evaluate.tasks import Item, Kind
 from postgrad.model.generate import generate
 from postgrad.model.likelihood import Likelihood, Pair, encode_pairs, log_likelihoods
 from postgrad.progress import Display
 from postgrad.run import Run
-from postgrad.types import Comparison, Completion, Evidence, Measurement, Message, Score
+from postgrad.types import Comparison, Completion, Evidence, Measurement, Score
 
-Render = Callable[[Sequence[Message]], str]
-"""Messages -> text under the chat template, with the opening of the answer."""
 SHOWN_OPTION = 60
 """Characters of an option that an explanation quotes."""
 
@@ -76,12 +75,6 @@ def measure_retention(
             comparisons += suite
     tasks = tuple(_facts(benchmark, recipe) for benchmark in benchmarks)
     return Retention(tuple(measurements), tuple(comparisons), tasks)
-
-
-def under_template(benchmark: Benchmark, recipe: Recipe) -> bool:
-    """Return whether the benchmark is asked under the chat template."""
-    wanted = recipe.evaluate.retention_template
-    return benchmark.task.chat if wanted == "auto" else wanted == "chat"
 
 
 def _facts(benchmark: Benchmark, recipe: Recipe) -> dict[str, Any]:
@@ -186,7 +179,7 @@ def ask_benchmark(
         rows = read_evidence(run, name, arm)
         if [row.example_id for row in rows] == [item.id for item in benchmark.items]:
             return rows
-    chat = _renderer(models) if under_template(benchmark, recipe) else None
+    chat = chat_of(benchmark, recipe, models.renderer.template)
     title = f"{name} {arm}"
     with models.arm(arm) as model, display.track(title, len(benchmark.items), unit="items") as bar:
         if benchmark.task.kind is Kind.GENERATION:
@@ -197,38 +190,6 @@ def ask_benchmark(
             rows = score_continuations(model, tokenizer, benchmark, chat, bar.advance)
     write_evidence(run, name, arm, rows)
     return rows
-
-
-def contexts(benchmark: Benchmark, item: Item, chat: Render | None) -> tuple[str, ...]:
-    """Return what stands before the answer, once or for each option: raw, or as a chat.
-
-    As a chat the description is the system message, examples are earlier turns and the prompt is
-    the user's message.
-    """
-    task = benchmark.task
-    prompts = item.contexts or (item.prompt,)
-    if chat is None:
-        before = preamble(task, item, benchmark.shots)
-        return tuple(before + prompt for prompt in prompts)
-    turns = [Message("system", item.description)] if item.description else []
-    for shot in choose_shots(task, item, benchmark.shots):
-        answer = shot.reference.strip()
-        asked = shot_text(task, shot).removesuffix(answer).rstrip(" ")
-        turns += [Message("user", asked), Message("assistant", answer)]
-    return tuple(chat([*turns, Message("user", prompt)]) for prompt in prompts)
-
-
-def requests(benchmark: Benchmark, item: Item, chat: Render | None) -> list[tuple[str, str]]:
-    """Return (context, continuation) of each option; no separator after a chat template."""
-    before = contexts(benchmark, item, chat)
-    plain = benchmark.task.kind is Kind.CLOZE or chat is not None
-    separator = "" if plain else benchmark.task.separator
-    count = max(len(before), len(item.options))
-    options = item.options * (count // len(item.options))
-    return [
-        (context, separator + option)
-        for context, option in zip(before * (count // len(before)), options, strict=True)
-    ]
 
 
 def score_continuations(
@@ -389,11 +350,6 @@ def _written(
         seconds=seconds,
         group=item.group,
     )
-
-
-def _renderer(models: Models) -> Render:
-    template = models.renderer.template
-    return lambda messages: template.render(messages, (), prompt=True)
 
 
 def _context_tokens(model: Any) -> float:

@@ -30,9 +30,9 @@ from postgrad.types import Comparison, Evidence, Measurement, SeedSpread
 METHOD = "two-level"
 
 
-def reuse_base_evidence(first: Run, run: Run) -> None:
+def reuse_base_evidence(first: Run, run: Run, files: str = "**/*.jsonl") -> None:
     """Copy what the base model answered: same model, rows and prompts, whatever the seed."""
-    for path in sorted((first.path / "evidence").rglob("*.jsonl")):
+    for path in sorted((first.path / "evidence").glob(files)):
         target = run.path / path.relative_to(first.path)
         arm = path.name.removesuffix(".jsonl").rpartition(".")[2]
         of_base = arm in (BASE, LEDGER) or arm.startswith((f"{BASE}-", f"{LEDGER}-"))

@@ -29,7 +29,7 @@ from postgrad.model.attention_cuda import (
     varlen_kernel,
 )
 from postgrad.model.buckets import bucketed_attention
-from postgrad.model.fused import fused_layers
+from postgrad.model.fused import fused_layers, own_layers
 from postgrad.model.layout import Layout, layout_of_positions
 
 NAME = "postgrad-packed"
@@ -304,6 +304,21 @@ def training_attention(model: Any, bucket_limit: int | None = None) -> Iterator[
                 _ask_for_masks(model)
                 model.set_attn_implementation(_registered(bucket_limit, masks=False))
         with fused_layers(model):
+            yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextmanager
+def own_attention(model: Any, attention: str) -> Iterator[None]:
+    """Run the model with `attention` and its own layers inside the block, as when it is evaluated.
+
+    `attention` is what the model had before `training_attention`.
+    """
+    before = model.config._attn_implementation
+    model.set_attn_implementation(attention)
+    try:
+        with own_layers(model):
             yield
     finally:
         model.set_attn_implementation(before)

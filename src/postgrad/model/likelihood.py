@@ -18,7 +18,13 @@ from torch import Tensor
 
 from postgrad.errors import ModelError
 from postgrad.model.decode import Prefix, can_share, read_prefix, steady_length
-from postgrad.model.token_tree import TokenTree, grow, make_layout, tree_attention
+from postgrad.model.token_tree import (
+    TokenTree,
+    computed_dtype,
+    grow,
+    make_layout,
+    tree_attention,
+)
 from postgrad.types import IntArray
 
 PASS_TOKENS = {"cpu": 2048}
@@ -242,7 +248,7 @@ def _read_trees(
         position_ids=positions[None],
         use_cache=False,
         logits_to_keep=torch.from_numpy(scored).to(parameter.device),
-        layout=make_layout(trees, prefix, parameter.dtype, parameter.device),
+        layout=make_layout(trees, prefix, computed_dtype(parameter), parameter.device),
     ).logits[0]
     found = iter(_sums(*_log_probabilities(logits, rows, targets), sizes))
     return [[next(found) for _ in group] for group in groups]

@@ -122,6 +122,12 @@ def make_layout(
     return TreeLayout(starts[-1], tuple(batches), prefix)
 
 
+def computed_dtype(tensor: Tensor) -> torch.dtype:
+    """Return in which precision the attention of such a tensor is computed: autocast's, or its."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
 @contextmanager
 def tree_attention(model: Any) -> Iterator[None]:
     """Run the model with this attention inside the block and its own again afterwards."""
@@ -148,6 +154,8 @@ def _attention(
     Without a layout it is causal: one sequence that becomes a prefix.
     """
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    dtype = computed_dtype(query)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     heads, width = query.shape[1], query.shape[3]
     groups = heads // key.shape[1]
     if layout is None:
@@ -195,7 +203,7 @@ def _prefix_attention(
     """Every token against the whole prefix: [T, H, D] and the log of the denominator [T, H]."""
     tokens, width = query.shape[2], query.shape[3]
     stacked = query[0].reshape(1, key_heads, -1, width)
-    keys, values = prefix.layers[module.layer_idx]
+    keys, values = (x.to(query.dtype) for x in prefix.layers[module.layer_idx])
     out, weight = attend(stacked, keys, values, scale)
     out = out.reshape(-1, tokens, width).transpose(0, 1)
     return out, weight.reshape(-1, tokens).transpose(0, 1)

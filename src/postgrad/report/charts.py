@@ -9,13 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, floor, log10
 
-from postgrad.report.collect import (
-    Curves,
-    HeldOut,
-    Lengths,
-    Point,
-    Reference,
-)
+from postgrad.report.collect import Lengths, Reference
+from postgrad.report.curves import Curves, HeldOut, Point
 from postgrad.report.markup import Html, join, tag
 from postgrad.report.words import (
     arm_name,
@@ -303,7 +298,9 @@ def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return [(sum(x for x, _ in p) / len(p), sum(y for _, y in p) / len(p)) for p in pieces]
 
 
-def small_chart(points: Sequence[Point], title: str, *, width: int, name: str) -> Html:
+def small_chart(
+    points: Sequence[Point], title: str, *, width: int, name: str, levels: Sequence[Level] = ()
+) -> Html:
     """Return a small line chart of one training metric."""
     first, last = points[0], points[-1]
     description = (
@@ -317,6 +314,7 @@ def small_chart(points: Sequence[Point], title: str, *, width: int, name: str) -
         width=width,
         height=150,
         name=name,
+        levels=levels,
     )
 
 

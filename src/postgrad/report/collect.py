@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -24,7 +23,9 @@ from postgrad.evaluate.gates import DIALLED
 from postgrad.evaluate.learning_curve import LearningCurve
 from postgrad.evaluate.prompt_search import PromptSearch
 from postgrad.report.abilities import Benchmark, Retention
+from postgrad.report.curves import Curves, is_finite, read_curves
 from postgrad.run import Run, read_json, read_jsonl
+from postgrad.train.stopping import Retained
 from postgrad.types import (
     Check,
     Comparison,
@@ -37,8 +38,6 @@ from postgrad.types import (
 )
 
 T = TypeVar("T")
-Point = tuple[int, float]
-"""Optimizer step and value."""
 Outcome = Literal["win", "loss", "both-wrong", "both-right"]
 
 TUNED = "tuned"
@@ -170,6 +169,8 @@ class Training:
     packed: bool | None = None
     restored_loss: float | None = None
     probe_kl: float | None = None
+    retention: Mapping[str, Retained] | None = None
+    """Benchmark -> what was left of it at the kept step, where a floor was set."""
     stop_reason: str | None = None
 
 
@@ -183,28 +184,6 @@ class Merge:
     tolerance: float | None = None
     greedy_agreement: float | None = None
     refused: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class HeldOut:
-    """One evaluation of the held-out loss."""
-
-    step: int
-    loss: float
-    standard_error: float | None
-    """Of the paired difference to the evaluation it was judged against."""
-    best: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Curves:
-    """metrics.jsonl as series of (step, value)."""
-
-    loss: tuple[Point, ...]
-    learning_rate: tuple[Point, ...]
-    gradient_norm: tuple[Point, ...]
-    held_out: tuple[HeldOut, ...]
-    probe_kl: tuple[Point, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +278,7 @@ def collect(run: Run) -> Report:
         resolved=run.config_path.exists(),
         evaluation=_evaluation(run),
         training=_section(Training, record, "train", run.record_path),
-        curves=_curves(run),
+        curves=read_curves(run),
         merge=_section(Merge, record, "merge", run.record_path),
         data=_data(run),
         checks=checks,
@@ -435,44 +414,6 @@ def _said(row: Evidence) -> str:
     return row.completion if row.error is None else f"[error: {row.error}] {row.completion}"
 
 
-def _curves(run: Run) -> Curves | None:
-    lines = run.read_metrics()
-    if not lines:
-        return None
-    for number, line in enumerate(lines, 1):
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-            raise RunError(f"{run.metrics_path}:{number}: no step", "rerun the training")
-
-    def series(name: str) -> tuple[Point, ...]:
-        return tuple((line["step"], float(line[name])) for line in lines if _finite(line.get(name)))
-
-    held_out = tuple(
-        HeldOut(
-            step=line["step"],
-            loss=float(line["validation/loss"]),
-            standard_error=_number(line.get("validation/se")),
-            best=bool(line.get("validation/best")),
-        )
-        for line in lines
-        if _finite(line.get("validation/loss"))
-    )
-    return Curves(
-        loss=series("train/loss"),
-        learning_rate=series("train/learning_rate"),
-        gradient_norm=series("train/grad_norm"),
-        held_out=held_out,
-        probe_kl=series("probe/kl"),
-    )
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and isfinite(value)
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if _finite(value) else None
-
-
 def _data(run: Run) -> Data | None:
     if not run.manifest_path.exists():
         return None
@@ -489,7 +430,7 @@ def _lengths(checks: Sequence[Check]) -> Lengths | None:
     for check in checks:
         nested = check.data.get("lengths")
         found = {**check.data, **(nested if isinstance(nested, Mapping) else {})}
-        quantiles = {name: int(found[name]) for name in _QUANTILES if _finite(found.get(name))}
+        quantiles = {name: int(found[name]) for name in _QUANTILES if is_finite(found.get(name))}
         edges, counts = tuple(found.get("edges", ())), tuple(found.get("counts", ()))
         drawn = bool(counts) and len(edges) == len(counts) + 1
         if "longest" in quantiles or drawn:

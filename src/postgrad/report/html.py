@@ -11,8 +11,9 @@ from postgrad.evaluate.frontier import Frontier
 from postgrad.report import charts, facts
 from postgrad.report.answers import answers_section
 from postgrad.report.charts import NARROW, WIDE
-from postgrad.report.collect import TUNED, Curves, Evaluation, Report, collect
+from postgrad.report.collect import TUNED, Evaluation, Report, collect
 from postgrad.report.costs import costs_section
+from postgrad.report.curves import Curves, Point
 from postgrad.report.frontier import frontier_section, frontiers_section
 from postgrad.report.learning import learning_section
 from postgrad.report.markup import Content, Html, join, tag
@@ -20,6 +21,7 @@ from postgrad.report.parts import empty, figure, note, section, table
 from postgrad.report.prompts import prompts_section
 from postgrad.report.retention import retention_section
 from postgrad.report.words import (
+    MINUS,
     arm_name,
     capital,
     count,
@@ -35,6 +37,7 @@ from postgrad.report.words import (
     points_interval,
     reference_interval,
     reference_method,
+    retention_margin,
     training_notes,
     unknowns,
     verdict,
@@ -349,11 +352,14 @@ def _curves(curves: Curves, report: Report) -> Html:
         ]
         parts.append(figure(drawn, "Loss in nats per supervised token.", _legend(curves)))
     small = [
-        tag(
-            "figure",
-            tag("figcaption", title),
-            charts.small_chart(series, title, width=360, name=name),
+        _small(
+            series, f"{task}: points against the base, on watched items", f"watched-{task}", floor
         )
+        for task, series in curves.retention.items()
+        for floor in (retention_margin(report.recipe, task),)
+    ]
+    small += [
+        _small(series, title, name)
         for series, title, name in (
             (curves.probe_kl, "Distance from the base: KL in nats per token", "kl"),
             (curves.learning_rate, "Learning rate", "rate"),
@@ -362,6 +368,13 @@ def _curves(curves: Curves, report: Report) -> Html:
         if series
     ]
     return join([*parts, tag("div", *small, class_="pair") if small else None])
+
+
+def _small(series: Sequence[Point], title: str, name: str, margin: float | None = None) -> Html:
+    """Return a small figure; with a margin, the floor that many points below zero."""
+    floors = [] if margin is None else [charts.Level(-margin, f"floor {MINUS}{margin:g}", "base")]
+    drawn = charts.small_chart(series, title, width=360, name=name, levels=floors)
+    return tag("figure", tag("figcaption", title), drawn)
 
 
 def _legend(curves: Curves) -> Html:

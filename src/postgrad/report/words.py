@@ -5,8 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from postgrad.evaluate.gates import DIALLED
+from postgrad.config import Recipe
+from postgrad.evaluate.gates import ALL, DIALLED
 from postgrad.report.collect import TUNED, Evaluation, Merge, Reference, Report
+from postgrad.train.stopping import Retained
 from postgrad.types import Comparison, GateStatus, Measurement, Verdict
 
 NOT_MEASURED = "not measured"
@@ -394,11 +396,33 @@ def training_notes(report: Report) -> list[str]:
             f"On {rows} the kept weights are {number(training.probe_kl)} nats per token away from "
             "the base model (KL divergence; 0 = unchanged)."
         )
+    if training and training.retention:
+        found.append(_watched_note(training.retention))
     if report.record.get("learning_rate_probe"):
         found.append(_probe_note(report.record["learning_rate_probe"]))
     if report.merge:
         found.append(_merge_note(report.merge))
     return found
+
+
+def retention_margin(recipe: Recipe, task: str) -> float | None:
+    """Return how many points of a benchmark early stopping lets go; None = any."""
+    stopping = recipe.train.early_stopping
+    floors = stopping.retention_floor if stopping else {}
+    return floors.get(task, floors.get(ALL))
+
+
+def _watched_note(retention: Mapping[str, Retained]) -> str:
+    """Say what the kept weights lost of the benchmarks that early stopping watched."""
+    changes = [
+        f"{name} by {points(kept.difference)} points ({count(kept.items, 'item')}, floor "
+        f"{MINUS}{kept.margin:g})"
+        for name, kept in retention.items()
+    ]
+    return (
+        f"On the items that early stopping watched the kept weights change {', '.join(changes)}; "
+        "a step was chosen by these figures, so General abilities is judged on other items."
+    )
 
 
 def _probe_note(probe: Mapping[str, Any]) -> str:

@@ -29,6 +29,8 @@ from postgrad.types import Batch, LossSum
 Backward = Callable[[Any, Any, Batch, float], LossSum]
 """Adds the gradients of a micro-batch's loss sum over a weight to the parameters' own, given model,
 objective, batch and weight; returns the loss sum."""
+Validate = Callable[[int], HeldOut]
+"""Step -> what the model is worth on the held-out rows after it."""
 Stopper = Callable[[StoppingState | None, int, HeldOut], tuple[StoppingState, float]]
 
 
@@ -60,7 +62,7 @@ def fit(
     *,
     loop: Loop,
     run: Run,
-    validate: Callable[[], HeldOut],
+    validate: Validate,
     stopper: Stopper,
     probes: Sequence[Probe] = (),
     start: Progress | None = None,
@@ -78,8 +80,7 @@ def fit(
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint was saved first.
     """
     world, display = world or World(), display or SilentDisplay()
-    backward = backward or one_backward
-    progress = start or Progress()
+    backward, progress = backward or one_backward, start or Progress()
     parameters = list(trainable(model).values())
     began = time.monotonic() - progress.seconds
     saved = time.monotonic()
@@ -231,10 +232,8 @@ def _not_finite(
     )
 
 
-def _evaluate(
-    progress: Progress, run: Run, validate: Callable[[], HeldOut], stopper: Stopper
-) -> Progress:
-    held_out = validate()
+def _evaluate(progress: Progress, run: Run, validate: Validate, stopper: Stopper) -> Progress:
+    held_out = validate(progress.step)
     if not held_out.loss < float("inf"):
         raise TrainingError(
             f"the held-out loss is {held_out.loss} after step {progress.step}",
@@ -245,6 +244,9 @@ def _evaluate(
     values["validation/best"] = stopping.best_loss
     if held_out.kl is not None:
         values["probe/kl"] = held_out.kl
+    for task, kept in (held_out.retention or {}).items():
+        values[f"retention/{task}"] = kept.accuracy
+        values[f"retention/{task}/difference"] = kept.difference
     run.metrics(progress.step, progress.tokens, progress.seconds, **values)
     if stopping.best_step == progress.step:
         run.event("best", step=progress.step, loss=held_out.loss)

@@ -13,6 +13,7 @@ from postgrad.data.lengths import keep_chats, keep_usable
 from postgrad.data.render import Renderer
 from postgrad.errors import DataError
 from postgrad.estimate import (
+    NOTHING,
     Amount,
     Method,
     Shape,
@@ -38,7 +39,8 @@ from postgrad.train.stream import Stream
 from postgrad.types import Split, Tokens
 
 COVERS = (
-    "training, its held-out losses and a learning-rate probe, if it does not stop early; "
+    "training, its held-out losses with what a retention floor asks and a learning-rate probe, if "
+    "it does not stop early; "
     "pre-flight, evaluation by generation (with evaluate.dial, of every point) and the report come "
     "on top"
 )
@@ -69,6 +71,13 @@ class Forecast:
     probe: Amount
     """All tries of train.learning_rate: probe; nothing without."""
     probe_steps: int
+    retention: Amount = NOTHING
+    """What train.early_stopping.retention_floor asks at all evaluations together."""
+
+    @property
+    def read(self) -> Amount:
+        """Return what is only read: held-out losses and items."""
+        return self.held_out + self.retention
 
 
 def count(
@@ -81,6 +90,7 @@ def count(
     parameters: int,
     rows: dict[str, int],
     on_gpu: bool,
+    watched: Amount = NOTHING,
 ) -> Forecast:
     """Plan the steps of a resolved recipe and add up what they compute on.
 
@@ -93,6 +103,7 @@ def count(
         parameters: Of the model, without adapters.
         rows: Rows by split, for the reader.
         on_gpu: Where.
+        watched: What train.early_stopping.retention_floor asks at one evaluation.
     """
     train = recipe.train
     assert isinstance(train.tokens_per_batch, int)
@@ -114,7 +125,8 @@ def count(
     parts = ((step.tokens, step.supervised, step.pairs) for step in steps[:probed])
     probe = Amount(*map(sum, zip((0, 0, 0), *parts, strict=True))) * len(PROBE_FACTORS)
     every = train.eval_steps if train.eval_steps != "auto" else auto_eval_steps(len(stream))
-    evaluations = -(-len(stream) // every) + 2  # before, after the last step, after restoring
+    watching = -(-len(stream) // every) + 1  # before, after the last step
+    evaluations = watching + 1  # after restoring
     if probed:
         evaluations += 1 + len(PROBE_FACTORS)
     fullest = max(steps, key=lambda step: step.tokens)
@@ -133,11 +145,16 @@ def count(
         on_gpu,
         probe,
         probed * len(PROBE_FACTORS),
+        watched * watching,
     )
 
 
-def forecast(recipe: Recipe, dataset: Dataset, directory: Path, tokenizer: Any) -> Forecast:
+def forecast(
+    recipe: Recipe, dataset: Dataset, directory: Path, tokenizer: Any, watched: Amount = NOTHING
+) -> Forecast:
     """Count a recipe from its rows, its tokenizer and the model's config.json.
+
+    `watched` is what train.early_stopping.retention_floor asks at one evaluation.
 
     Raises:
         DataError: No row is left to train on.
@@ -182,6 +199,7 @@ def forecast(recipe: Recipe, dataset: Dataset, directory: Path, tokenizer: Any) 
         parameters=shape.parameters,
         rows=row_counts(dataset),
         on_gpu=card is not None,
+        watched=watched,
     )
 
 
@@ -226,10 +244,10 @@ def document(work: Forecast, speed: Speed, peak_bytes: int | None = None) -> dic
     recipe, report = work.recipe, work.recipe.report
     train = recipe.train
     computed = work.training + work.probe
-    seconds = speed.seconds(computed, work.held_out, work.steps + work.probe_steps)
+    seconds = speed.seconds(computed, work.read, work.steps + work.probe_steps)
     shares = recipe.evaluate.learning_curve
     curve = speed.seconds(
-        work.training * sum(shares), work.held_out * len(shares), round(work.steps * sum(shares))
+        work.training * sum(shares), work.read * len(shares), round(work.steps * sum(shares))
     )
     parts = memory(
         work.shape,
@@ -253,9 +271,10 @@ def document(work: Forecast, speed: Speed, peak_bytes: int | None = None) -> dic
         "threads": train.threads,
         "evaluations": work.evaluations,
         "validation_tokens": work.held_out.tokens // work.evaluations,
+        **({"retention_floor_tokens": work.retention.tokens} if work.retention.tokens else {}),
         "trainable_parameters": work.method.trainable,
         "total_parameters": work.parameters + (0 if work.method.full else work.method.trainable),
-        "flops": flops(work.shape, work.method, computed, work.held_out),
+        "flops": flops(work.shape, work.method, computed, work.read),
         "tokens_per_second": round(speed.tokens_per_second, 1),
         "train_seconds": round(seconds, 1),
         **({"learning_curve_seconds": round(curve, 1)} if shares else {}),

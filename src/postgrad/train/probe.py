@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from postgrad.config import Recipe
 from postgrad.data.dataset import Dataset
-from postgrad.estimate import Method, Speed, amount_of, read_shape
+from postgrad.estimate import NOTHING, Amount, Method, Speed, amount_of, read_shape
 from postgrad.model.load import Loaded, compute_dtype, device, load_tokenizer, quiet_transformers
 from postgrad.model.lora import lora_layers
 from postgrad.train.forecast import Forecast, count, document, row_counts
@@ -80,8 +80,11 @@ def _seconds(work: Any) -> float:
     return time.perf_counter() - began
 
 
-def dry_run(session: Session, dataset: Dataset) -> dict[str, Any]:
-    """Return what this session takes, without training: counted, and measured on a real batch."""
+def dry_run(session: Session, dataset: Dataset, watched: Amount = NOTHING) -> dict[str, Any]:
+    """Return what this session takes, without training: counted, and measured on a real batch.
+
+    `watched` is what train.early_stopping.retention_floor asks at one evaluation.
+    """
     trained = sum(p.numel() for p in trainable(session.model).values())
     recipe, full = session.recipe, session.recipe.model.adapt.kind == "full"
     recompute = bool(recipe.train.gradient_checkpointing)
@@ -105,6 +108,7 @@ def dry_run(session: Session, dataset: Dataset) -> dict[str, Any]:
         parameters=session.loaded.parameters - (0 if full else trained),
         rows=row_counts(dataset),
         on_gpu=device().type == "cuda",
+        watched=watched,
     )
     timing = time_session(session)
     what = f"one real micro-batch of {timing.tokens} tokens, timed just now"

@@ -98,7 +98,7 @@ def _try(
     run.write_text(inside.recipe_path, session.recipe.to_yaml())
     seen: list[HeldOut] = []
 
-    def validate() -> HeldOut:
+    def validate(_: int) -> HeldOut:
         seen.append(validation(session.model, session.objective))
         return seen[-1]
 

@@ -1,7 +1,8 @@
 """Train, restore the best weights, prove that they are the best, export them, prove that too."""
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from postgrad.config import LoraConfig
 from postgrad.data.batches import micro_batches
 from postgrad.errors import TrainingError
 from postgrad.model import export
-from postgrad.model.attention import training_attention
+from postgrad.model.attention import own_attention, training_attention
 from postgrad.model.kernels import kernels
 from postgrad.model.lora import lora_layers
 from postgrad.progress import Display
@@ -27,7 +28,7 @@ from postgrad.train.optimizer import make_optimizer, trainable
 from postgrad.train.schedule import learning_rate
 from postgrad.train.session import Session
 from postgrad.train.sft import model_inputs
-from postgrad.train.stopping import HeldOut, observe
+from postgrad.train.stopping import HeldOut, Retained, observe
 
 RESTORE_TOLERANCE = 1e-6
 """Largest relative difference between a recorded held-out loss and the restored model's; zero on a
@@ -36,7 +37,14 @@ LOGIT_ROWS = 8
 """Validation rows on which merged and adapted logits are compared."""
 
 
-def train_model(session: Session, run: Run, packed: bool, display: Display) -> dict[str, Any]:
+Watch = Callable[[Session, int], Mapping[str, Retained]]
+"""Session and step -> what is left of each benchmark that train.early_stopping.retention_floor
+names. Called first with step 0 while the model is its base, then in every evaluation."""
+
+
+def train_model(
+    session: Session, run: Run, packed: bool, display: Display, watch: Watch | None = None
+) -> dict[str, Any]:
     """Run the loop from the newest checkpoint (or from nothing) and deliver the best weights.
 
     Returns what run.json keeps under `train`.
@@ -48,6 +56,8 @@ def train_model(session: Session, run: Run, packed: bool, display: Display) -> d
     assert isinstance(config.eval_steps, int)
     optimizer = make_optimizer(session.model, config, peak)
     probe = open_kl_probe(session, run, packed)
+    watched = watch(session, 0) if watch else {}
+    measure = _measurement(session, validation, probe, watch)
     start = resume(run, session.model, optimizer)
     if start is None:
         torch.manual_seed(session.recipe.seed)
@@ -71,6 +81,7 @@ def train_model(session: Session, run: Run, packed: bool, display: Display) -> d
         run.event("logits-kept", reason="this model scales or caps its logits")
     stopping = config.early_stopping
     graphs = open_graphs(session, packed)
+    assert (watch is not None) == bool(stopping and stopping.retention_floor)
     with session.attention(), peak_memory(session.model.device) as memory:
         progress = fit(
             session.model,
@@ -87,7 +98,7 @@ def train_model(session: Session, run: Run, packed: bool, display: Display) -> d
                 config.max_grad_norm,
             ),
             run=run,
-            validate=_measurement(session, validation, probe),
+            validate=measure,
             stopper=functools.partial(
                 observe,
                 patience=stopping.patience if stopping else None,
@@ -101,7 +112,8 @@ def train_model(session: Session, run: Run, packed: bool, display: Display) -> d
         restored = restore_best(session, run, validation, progress)
     if graphs is not None:
         run.event("cuda-graphs", **graphs.counts(), reason=graphs.reason)
-    return _facts(session, run, progress, restored, memory.bytes, len(stream), packed)
+    facts = _facts(session, run, progress, restored, memory.bytes, len(stream), packed)
+    return facts | ({"retention": _kept(run, facts["best_step"], watched)} if watched else {})
 
 
 def open_graphs(session: Session, packed: bool) -> Graphs | None:
@@ -114,13 +126,22 @@ def open_graphs(session: Session, packed: bool) -> Graphs | None:
 
 
 def _measurement(
-    session: Session, validation: Validation, probe: KlProbe | None
-) -> Callable[[], HeldOut]:
-    """Return what the loop calls at every evaluation: held-out loss, and distance to the base."""
+    session: Session, validation: Validation, probe: KlProbe | None, watch: Watch | None
+) -> Callable[[int], HeldOut]:
+    """Return what the loop calls at every evaluation: held-out loss, and what was forgotten.
 
-    def measure() -> HeldOut:
+    To be called outside the attention of training.
+    """
+    own = session.model.config._attn_implementation
+
+    def measure(step: int) -> HeldOut:
         held_out = validation(session.model, session.objective)
-        return held_out if probe is None else replace(held_out, kl=probe(session.model))
+        if probe is not None:
+            held_out = replace(held_out, kl=probe(session.model))
+        if watch is not None and math.isfinite(held_out.loss):
+            with own_attention(session.model, own):
+                held_out = replace(held_out, retention=watch(session, step))
+        return held_out
 
     return measure
 
@@ -190,6 +211,19 @@ def _facts(
         "attention_bucket_tokens": train.attention_bucket_tokens,
         "precision": str(session.loaded.dtype).removeprefix("torch."),
         "packed": packed,
+    }
+
+
+def _kept(run: Run, step: int, base: Mapping[str, Retained]) -> dict[str, Any]:
+    """Return what was left of each benchmark that was watched at the step that was kept."""
+    line = next(x for x in run.read_metrics() if x["step"] == step and "validation/loss" in x)
+    return {
+        name: asdict(found)
+        | {
+            "accuracy": line[f"retention/{name}"],
+            "difference": line[f"retention/{name}/difference"],
+        }
+        for name, found in base.items()
     }
 
 
