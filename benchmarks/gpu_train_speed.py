@@ -1,9 +1,9 @@
 """Training on one GPU: is it right, how fast is it, how fast is TRL, what would the GPU allow?
 
 Usage: python benchmarks/gpu_train_speed.py [--peer-python PYTHON | --no-peer]. One command for a
-machine with one CUDA device; README.md beside this file says what is measured. Checks first, then
-speed; prints a table last, writes JSON, and ends with 1 if a check failed. What no time is left
-for is left out and named.
+machine with one CUDA device; README.md beside this file says what is measured. Our speed first,
+then checks (gpu_checks.py), then TRL; prints a table last, writes JSON, and ends with 1 if a check
+failed. What no time is left for is left out and named.
 """
 
 import argparse
@@ -14,14 +14,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import rows
-from gpu_shapes import FULL_ROW, make_rows, write_shape, write_tokens
+from gpu_checks import Bench, Failed, device_tests, loss_curve, loss_curves
+from gpu_shapes import FULL_ROW, make_rows, write_tokens
 from harness import (
     HERE,
     RESULTS,
@@ -38,12 +38,7 @@ from harness import (
 from postgrad.errors import PostgradError
 from postgrad.model.load import model_directory
 
-RECIPE = HERE / "train_speed.yaml"
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-CURVE_STEPS = 20
-CURVE_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2, "fp8": 5e-2}
-"""Mean difference of the losses of two curves that rounding explains, as a share of the mean loss.
-The reference is the CPU's float32 curve."""
 GOALS = {"llama-3-8b": "16,000 tok/s", "smollm2-360m": "3 x TRL", "smollm2-135m": "3 x TRL"}
 ABLATIONS = {"no graphs": {"graphs": False}, "not compiled": {"compile": False}}
 FP8_MODELS = ("llama-3-8b",)
@@ -82,73 +77,6 @@ PEER_STEPS, PEER_WARMUP = 24, 6
 """Of the peer, at most; its steps take long and are all alike."""
 
 
-class Failed(RuntimeError):
-    """A program ended with an error or took too long."""
-
-    def __init__(self, reason: str, printed: str = "") -> None:
-        """Keep what it had printed until then."""
-        super().__init__(reason)
-        self.printed = printed
-
-
-@dataclass(frozen=True, slots=True)
-class Bench:
-    """What all measurements share."""
-
-    folder: Path
-    ends: float
-    """When the time is up, on the monotonic clock."""
-    counter: Iterator[int]
-
-    def run(self, command: Sequence[str | Path], **environment: str) -> str:
-        """Run a program to its end; returns what it printed.
-
-        Raises:
-            Failed: with its last words.
-        """
-        left = self.ends - time.monotonic()
-        if left < 5:
-            raise Failed("no time left")
-        log = self.folder / f"{next(self.counter):03d}.log"
-        try:
-            ended = subprocess.run(
-                [str(part) for part in command],
-                env={**contender_environment(), **environment},
-                capture_output=True,
-                text=True,
-                timeout=left,
-            )
-        except subprocess.TimeoutExpired as error:
-            printed = error.stdout or b""
-            text = printed.decode("utf-8", "replace") if isinstance(printed, bytes) else printed
-            raise Failed("the time was up before it ended", text) from None
-        log.write_text(f"{command}\n{ended.stdout}\n{ended.stderr}", encoding="utf-8")
-        if ended.returncode:
-            words = [line for line in ended.stderr.splitlines() if line.strip()]
-            raise Failed(words[-1] if words else f"exit code {ended.returncode}", ended.stdout)
-        return ended.stdout
-
-    def work(self, *specs: dict[str, Any]) -> list[dict[str, Any]]:
-        """Have gpu_worker.py do jobs in one process; one that gave no result says why."""
-        path = self.folder / f"{next(self.counter):03d}.json"
-        path.write_text(json.dumps(specs), encoding="utf-8")
-        reason = "its process ended early"
-        try:
-            printed = self.run(
-                [sys.executable, HERE / "gpu_worker.py", path], PYTHONPATH=_python_path()
-            )
-        except Failed as error:
-            printed, reason = error.printed, str(error)
-        lines = [line.removeprefix("JOB ") for line in printed.splitlines() if line[:4] == "JOB "]
-        found = [json.loads(line) for line in lines]
-        return [*found, *({"failed": reason} for _ in specs[len(found) :])]
-
-    def shape(self, name: str) -> Path:
-        """Return a directory with a model's config.json and a tokenizer."""
-        directory = self.folder / name
-        return directory if directory.exists() else write_shape(directory, name)
-
-
 def attempt(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Measure, or say why not."""
     began = time.monotonic()
@@ -166,88 +94,6 @@ def summary_of(found: dict[str, Any]) -> str:
     if "tokens_per_second" in found:
         return f"{found['tokens_per_second']:.0f} tokens/s"
     return "passed" if found.get("passed") else str(found.get("detail", "done"))
-
-
-def device_tests(bench: Bench) -> dict[str, Any]:
-    """Run the tests that need a device: attention, compiled definitions, synchronisations."""
-    tests = HERE.parent / "tests"
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", tests / "model", tests / "train"]
-    printed = bench.run([*command, "-p", "no:cacheprovider"], PYTHONPATH=_python_path())
-    last = printed.strip().splitlines()[-1]
-    passed = re.search(r"(\d+) passed", last)
-    return {"passed": passed is not None, "detail": last}
-
-
-def loss_curve(
-    bench: Bench, model: Path, name: str, precision: str, **more: str
-) -> tuple[list[float], str]:
-    """Train with one recipe; returns the losses and what the isolation probe found."""
-    data = rows.write_rows(bench.folder / f"{name}.jsonl", "chat", 400, 7)
-    run = bench.folder / f"curve-{name}"
-    tokens = 4096 if (model / ".bytes").exists() else 2048  # a token a byte: longer rows
-    settings = [
-        f"data.train={data}", f"model.base={model}", f"model.precision={precision}",
-        f"train.max_steps={CURVE_STEPS}", "train.learning_rate=1e-3", "train.eval_rows=4",
-        f"train.tokens_per_batch={tokens}", f"train.micro_batch_tokens={tokens}",
-        f"data.max_length={tokens}",
-        "train.waive=[held-out-size]", "train.kl_probe=null", "train.packing=on",
-        *(f"train.{key}={value}" for key, value in more.items()),
-    ]  # fmt: skip
-    bench.run(
-        [sys.executable, "-m", "postgrad", "train", RECIPE, "--out", run, *settings],
-        PYTHONPATH=_python_path(),
-        **({"CUDA_VISIBLE_DEVICES": ""} if name == "cpu-fp32" else {}),
-    )
-    lines = read_lines(run / "metrics.jsonl")
-    checks = json.loads((run / "preflight.json").read_text(encoding="utf-8"))["checks"]
-    found = next(check for check in checks if check["name"] == "packing-isolation")
-    return [line["train/loss"] for line in lines if "train/loss" in line], found["detail"]
-
-
-def loss_curves(
-    bench: Bench, model: Path, reference: Path | None, can_compile: bool, can_fp8: bool
-) -> dict[str, Any]:
-    """Train on the device with the recipe of a training on a CPU; compare losses and isolation."""
-    compiling = "true" if can_compile else "false"
-    wanted = {
-        "device-fp32": ("fp32", {"torch_compile": "false"}),
-        "device-bf16": ("bf16", {"torch_compile": compiling}),
-    }
-    if can_fp8:
-        wanted["device-fp8"] = ("bf16", {"torch_compile": compiling, "fp8": "true"})
-    if reference is None:
-        cpu = loss_curve(bench, model, "cpu-fp32", "fp32")[0]
-    else:
-        cpu = json.loads(reference.read_text(encoding="utf-8"))["losses"]
-    with ThreadPoolExecutor() as pool:
-        asked = {
-            name: pool.submit(loss_curve, bench, model, name, precision, **more)
-            for name, (precision, more) in wanted.items()
-        }
-        found = {name: future.result() for name, future in asked.items()}
-    curves = {"cpu-fp32": cpu, **{name: curve for name, (curve, _) in found.items()}}
-    distances = {name: distance(curve, cpu) for name, (curve, _) in found.items()}
-    passed = len(cpu) == CURVE_STEPS and all(
-        relative <= CURVE_TOLERANCE[name.split("-")[1]] for name, relative in distances.items()
-    )
-    return {
-        "passed": passed,
-        "detail": ", ".join(f"{name} {100 * x:.3f} % off" for name, x in distances.items()),
-        "tolerance": CURVE_TOLERANCE,
-        "curves": curves,
-        "distances": distances,
-        "isolation": {name: isolation for name, (_, isolation) in found.items()},
-    }
-
-
-def distance(curve: Sequence[float], reference: Sequence[float]) -> float:
-    """Return the mean difference as a share of the mean of `reference`.
-
-    >>> distance([2.0, 1.0], [2.0, 2.0])
-    0.25
-    """
-    differences = [abs(a - b) for a, b in zip(curve, reference, strict=True)]
-    return sum(differences) / sum(reference)
 
 
 def ours(bench: Bench, case: Case, **how: bool) -> dict[str, Any]:
@@ -322,10 +168,14 @@ def find_peer(options: argparse.Namespace) -> tuple[Path | None, str | dict[str,
     try:
         python = options.peer_python or peer_python(HERE / "peers" / "trl-requirements.txt")
         subprocess.run(
-            [python, "-c", "import trl, peft, datasets"], check=True, capture_output=True
+            [python, "-c", "import trl, peft, datasets"],
+            check=True,
+            capture_output=True,
+            env=contender_environment(),
+            timeout=60,
         )
         return python, frozen(python)
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         return None, f"TRL cannot be installed or imported: {str(error).splitlines()[0]}"
 
 
@@ -514,11 +364,6 @@ def main() -> None:
     print(speed_table(document))
     if not all(check.get("passed") for check in document["checks"].values()):
         raise SystemExit(1)
-
-
-def _python_path() -> str:
-    source = str(HERE.parent / "src")
-    return os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 if __name__ == "__main__":

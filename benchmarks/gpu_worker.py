@@ -94,7 +94,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
             lambda step: 1e-4,
             loop=Loop(eval_steps=10**9, save_seconds=10**9),
             run=run,
-            validate=lambda: held_out(model, objective),
+            validate=lambda step: held_out(model, objective),
             stopper=functools.partial(observe, patience=None),
             probes=[Probe("peak", spec["steps"], measure)],
             display=SilentDisplay(),
