@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_checks import Bench, Failed, device_tests, loss_curve, loss_curves
+from gpu_checks import Bench, Failed, cpu_curves, device_tests, loss_curves
 from gpu_shapes import FULL_ROW, make_rows, write_tokens
 from harness import (
     HERE,
@@ -316,10 +316,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a tiny model: proves that it runs")
     parser.add_argument("--model", help="real model for the loss curves; default: random weights")
     parser.add_argument(
-        "--reference", type=Path, help="the CPU's curve, made with --make-reference"
+        "--reference", type=Path, help="the CPU's curves, made with --make-reference"
     )
     parser.add_argument(
-        "--make-reference", type=Path, help="only train --model on the CPU and write its curve here"
+        "--make-reference",
+        type=Path,
+        help="only train --model on the CPU, curves to there",
     )
     parser.add_argument("--peer-python", type=Path, help="a Python that has TRL")
     parser.add_argument("--no-peer", action="store_true", help="without TRL")
@@ -340,7 +342,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         bench = Bench(folder, began + 60 * options.minutes, iter(range(1, sys.maxsize)))
         if options.make_reference:
-            losses, _ = loss_curve(bench, model_directory(options.model), "cpu-fp32", "fp32")
+            losses = cpu_curves(bench, model_directory(options.model))
             text = json.dumps({"model": options.model, "losses": losses}) + "\n"
             options.make_reference.write_text(text, encoding="utf-8")
             return
