@@ -33,6 +33,8 @@ PASS_TOKENS = {"cpu": 2048}
 MOST_PASS_TOKENS = 16384
 SAVED_TOKENS = 512
 """Tokens that sharing a beginning must save to be worth a pass of its own."""
+LOGIT_ROWS = 1024
+"""Rows of logits that are summed at once: where there is no kernel they become float32."""
 
 OnProgress = Callable[[Sequence[int], float], None]
 """Called after each pass with the indices of its groups and the seconds it took."""
@@ -259,7 +261,8 @@ def _log_probabilities(
     """Return log-probability of each target in its row of logits [N, V], and whether it is best."""
     index = torch.as_tensor(rows, device=logits.device)
     wanted = torch.as_tensor(targets, device=logits.device)
-    denominators, likeliest = log_sum_exp(logits)
+    parts = [log_sum_exp(part) for part in torch.split(logits, LOGIT_ROWS)]
+    denominators, likeliest = (torch.cat(found) for found in zip(*parts, strict=True))
     values = logits[index, wanted].float() - denominators[index]
     if not torch.isfinite(values).all():
         raise ModelError(
