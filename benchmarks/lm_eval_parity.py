@@ -2,34 +2,43 @@
 
 Usage: python benchmarks/lm_eval_parity.py DIR [--items N] [--quick]. DIR holds the public files
 (docs/benchmarks.md); tasks that are not there come from the embedded wheel. The harness runs in an
-environment of its own with its own unchanged tasks, fed the same rows. First in float32: every
-log-likelihood within 1e-3, every acc and acc_norm identical. Then in bf16 for speed, the harness
-with the best of several batch sizes. Prints tables and writes
-benchmarks/results/<date>-<hardware>-lm-eval.json. Exit code 1 when a figure differs.
+environment of its own with its own unchanged tasks, fed the same rows. In float32 every
+log-likelihood must be within 1e-3 and every acc and acc_norm identical. In bf16 both are timed,
+the harness with the best of several batch sizes, before and after the float32 runs. Every
+measurement is printed and kept as it comes in benchmarks/results/<date>-<hardware>-lm-eval.json,
+those of a run that was stopped too. Exit code 1 when a figure differs, or nothing was compared.
 """
 
 import argparse
 import json
+import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from harness import (
     HERE,
+    POLL_SECONDS,
     circumstances,
     contender_environment,
     frozen,
     peer_python,
+    read_lines,
     say,
     table,
     write_result,
 )
+from machine_bound import TOKENS, linear_shapes
 
 import postgrad.demo
 from postgrad.evaluate.benchmarks import Benchmark, load_benchmark
@@ -41,7 +50,10 @@ TASKS = (
     "commonsense_qa", "lambada_openai", "mmlu",
 )  # fmt: skip
 TOLERANCE = 1e-3
+GOAL = 3.0
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+BOUND_TOKENS = 512
+BOUND_TRIALS = 20
 REQUIREMENTS = HERE / "peers" / "lmeval-requirements.txt"
 SEED = 7
 SCRIPTS = {"ours": "ours_likelihoods.py", "lm_eval": "peers/lmeval_likelihoods.py"}
@@ -135,19 +147,36 @@ def _write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def run_side(python: Path | str, script: str, job: Mapping[str, Any], out: Path) -> dict[str, Any]:
-    """Run one side in its own process and return what it wrote."""
+def run_side(
+    python: Path | str,
+    script: str,
+    job: Mapping[str, Any],
+    out: Path,
+    record: Callable[[Mapping[str, Any]], None],
+) -> None:
+    """Run one side in its own process; `record` gets each line that it writes, as it comes."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "job.json").write_text(json.dumps(job), encoding="utf-8")
-    command = [str(python), str(HERE / script), str(out / "job.json"), str(out / "result.json")]
+    lines = out / "result.jsonl"
+    command = [str(python), str(HERE / script), str(out / "job.json"), str(lines)]
     environment = {**contender_environment(), "HF_DATASETS_OFFLINE": "1"}
+    seen = 0
     with (out / "log").open("w", encoding="utf-8") as log:
-        ended = subprocess.run(command, stdout=log, stderr=log, env=environment)
-    if ended.returncode:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        try:
+            ended = False
+            while not ended:
+                time.sleep(POLL_SECONDS)
+                ended = process.poll() is not None
+                for line in read_lines(lines)[seen:]:
+                    record(line)
+                    seen += 1
+        finally:
+            process.kill()
+            process.wait()
+    if process.returncode:
         tail = "\n".join((out / "log").read_text(encoding="utf-8").splitlines()[-15:])
-        raise SystemExit(f"{script}: exit code {ended.returncode}:\n{tail}")
-    found: dict[str, Any] = json.loads((out / "result.json").read_text(encoding="utf-8"))
-    return found
+        raise SystemExit(f"{script}: exit code {process.returncode}:\n{tail}")
 
 
 def agreement(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,45 +199,117 @@ def agreement(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, A
     }
 
 
-def run_both(
-    benchmarks: Sequence[Benchmark], model: str, peer: Path, options: argparse.Namespace
-) -> dict[tuple[str, str], dict[str, Any]]:
-    """Run both sides in float32 and in bf16; (side, precision) -> what it wrote."""
-    with tempfile.TemporaryDirectory(prefix="postgrad-lm-eval-") as temporary:
-        folder = Path(temporary)
-        tasks = {b.task.name: write_rows(folder / "rows", b) for b in benchmarks}
-        job = {
-            "model": model,
+class Study:
+    """Both sides' measurements, written to the file of results after each."""
+
+    def __init__(self, options: argparse.Namespace, model: str, peer: Path) -> None:
+        """Start a document without measurements."""
+        self.options, self.model, self.peer = options, model, peer
+        self.exact: dict[str, dict[str, Any]] = {}
+        """Task -> side -> what it wrote, in float32."""
+        self.timed: dict[str, dict[str, list[Any]]] = {}
+        """Task -> side -> what it wrote in bf16, a repetition each."""
+        self.document: dict[str, Any] = {
+            **circumstances(),
             "threads": options.threads,
-            "tasks": [task for group in tasks.values() for task in group],
-            "groups": [
-                {"task": n, "names": [t["name"] for t in group], "folder": str(folder / "rows")}
-                for n, group in tasks.items()
-            ],
-            "search_items": options.search_items,
+            "cores": len(os.sched_getaffinity(0)),
+            "model": Path(model).name,
+            "tolerance": TOLERANCE,
+            "items": {},
+            "bound": forward_bound(model, options.threads),
+            "lm_eval": {"packages": frozen(peer)},
+            "tasks": {},
         }
-        runs: dict[tuple[str, str], dict[str, Any]] = {}
-        for dtype, sizes in (("float32", [8]), ("bfloat16", options.batch_sizes)):
-            full = {**job, "dtype": dtype, "batch_sizes": list(sizes)}
-            for side in SIDES:
-                say(f"{side}, {dtype}, load {os.getloadavg()[0]:.1f}")
-                python = sys.executable if side == "ours" else peer
-                runs[side, dtype] = run_side(python, SCRIPTS[side], full, folder / side / dtype)
-    return runs
+
+    def run(self, name: str, side: str, dtype: str, rows: Mapping[str, Any], sizes: Any) -> None:
+        """Run one side on rows in one precision; `name` says what the measurement is for."""
+        say(f"{name}: {side}, {dtype}, load {os.getloadavg()[0]:.1f}")
+        job = {
+            **rows,
+            "model": self.model,
+            "threads": self.options.threads,
+            "dtype": dtype,
+            "batch_sizes": list(sizes),
+            "search_items": self.options.search_items,
+        }
+        python = sys.executable if side == "ours" else self.peer
+        folder = Path(rows["folder"]) / name / side
+
+        def record(line: Mapping[str, Any]) -> None:
+            if "task" not in line:
+                self.document["lm_eval"][name] = line
+                say(f"{name}: {line}")
+                return
+            if name.startswith("speed"):
+                self.timed.setdefault(line["task"], {s: [] for s in SIDES})[side].append(line)
+            else:
+                self.exact.setdefault(line["task"], {})[side] = line
+            rate = len(line["items"]) / line["cpu_seconds"]
+            say(f"{name}: {line['task']} {side} {rate:.2f} items/s, {line['tokens']:,} tokens")
+            self.save()
+
+        run_side(python, SCRIPTS[side], job, folder, record)
+
+    @property
+    def best_size(self) -> int:
+        """The harness's batch size that was found to be the fastest."""
+        return int(self.document["lm_eval"]["speed-1"]["batch_size"])
+
+    def save(self) -> Path:
+        """Write what there is."""
+        tasks: dict[str, Any] = {}
+        for name in self.options.tasks:
+            exact, timed = self.exact.get(name, {}), self.timed.get(name)
+            if all(side in exact for side in SIDES):
+                tasks.setdefault(name, {})["float32"] = agreement(exact["ours"], exact["lm_eval"])
+            if timed is not None and all(timed.values()):
+                tasks.setdefault(name, {})["bfloat16"] = {
+                    **agreement(timed["ours"][0], timed["lm_eval"][0]),
+                    "runs": {
+                        s: [{k: v for k, v in x.items() if k not in ("items", "task")} for x in t]
+                        for s, t in timed.items()
+                    },
+                }
+        self.document["tasks"] = tasks
+        return write_result(self.document, "lm-eval", self.options.out)
 
 
-def compared(runs: Mapping[tuple[str, str], Any], benchmark: Benchmark) -> dict[str, Any]:
-    """Return agreement and time of one task."""
-    exact, fast = (
-        {side: runs[side, dtype]["tasks"][benchmark.task.name] for side in SIDES}
-        for dtype in ("float32", "bfloat16")
-    )
+def forward_bound(model: str, threads: int) -> dict[str, Any]:
+    """Return what a token and a row of logits cost at least: matrix products in bf16, timed."""
+    torch.set_num_threads(threads)
+    counts, head = linear_shapes(Path(model))
+    per_token = sum(product_seconds(shape) * count for shape, count in counts.items()) / TOKENS
     return {
-        "label": benchmark.label,
-        **agreement(exact["ours"], exact["lm_eval"]),
-        "bf16": agreement(fast["ours"], fast["lm_eval"]),
-        **{u: {s: fast[s][u] for s in SIDES} for u in ("seconds", "cpu_seconds")},
+        "flops_per_token": sum(2 * o * i * count for (o, i), count in counts.items()),
+        "flops_per_row_of_logits": 2 * head[0] * head[1],
+        "seconds_per_token": per_token,
+        "seconds_per_row_of_logits": product_seconds(head) / TOKENS,
     }
+
+
+def product_seconds(shape: tuple[int, int]) -> float:
+    """Return the processor's seconds for TOKENS tokens through one layer, the best of several.
+
+    The result is written to memory that is there already.
+    """
+    weight, x = (torch.randn(n, shape[1]).bfloat16() for n in (shape[0], BOUND_TOKENS))
+    result = torch.empty(BOUND_TOKENS, shape[0], dtype=torch.bfloat16)
+    best = math.inf
+    for _ in range(BOUND_TRIALS):
+        began = time.process_time()
+        torch.mm(x, weight.t(), out=result)
+        best = min(best, time.process_time() - began)
+    return best * TOKENS / BOUND_TOKENS
+
+
+def write_all(folder: Path, benchmarks: Sequence[Benchmark]) -> dict[str, Any]:
+    """Write the rows of some benchmarks; return the part of a job that names them."""
+    tasks = {b.task.name: write_rows(folder, b) for b in benchmarks}
+    groups = [
+        {"task": name, "names": [task["name"] for task in group], "folder": str(folder)}
+        for name, group in tasks.items()
+    ]
+    return {"folder": str(folder), "tasks": list(chain(*tasks.values())), "groups": groups}
 
 
 def main() -> int:
@@ -216,27 +317,40 @@ def main() -> int:
     options = _options()
     recipe = Path(postgrad.demo.__file__).with_name("recipe.yaml").read_text(encoding="utf-8")
     model = str(model_directory(options.model or yaml.safe_load(recipe)["model"]["base"]))
-    peer = peer_python(REQUIREMENTS)
-    benchmarks = [load_benchmark(n, options.folder, options.items, SEED) for n in options.tasks]
-    runs = run_both(benchmarks, model, peer, options)
-    found = {b.task.name: compared(runs, b) for b in benchmarks}
-    theirs = runs["lm_eval", "bfloat16"]
-    document = {
-        **circumstances(),
-        "threads": options.threads,
-        "model": Path(model).name,
-        "tolerance": TOLERANCE,
-        "tasks": found,
-        "lm_eval": {
-            "version": theirs["lm_eval"],
-            "batch_size": theirs["batch_size"],
-            "searched_seconds": theirs["searched"],
-            "packages": frozen(peer),
-        },
+    study = Study(options, model, peer_python(REQUIREMENTS))
+    counts = {
+        "float32": options.items,
+        "bfloat16": options.speed_items,
     }
-    print(parity_table(found) + "\n\n" + speed_table(found))
-    print(f"\nwritten: {write_result(document, 'lm-eval', options.out)}")
-    return int(any(not same(task) for task in found.values()))
+    with tempfile.TemporaryDirectory(prefix="postgrad-lm-eval-") as temporary:
+        rows = {}
+        for purpose, count in counts.items():
+            found = [load_benchmark(n, options.folder, count, SEED) for n in options.tasks]
+            study.document["items"][purpose] = {
+                b.task.name: {
+                    "items": len(b.items),
+                    "of": b.task.samples.standard,
+                    "split": b.task.samples.split,
+                    "source": Path(b.source).name,
+                }
+                for b in found
+            }
+            rows[purpose] = write_all(Path(temporary) / purpose, found)
+        for repetition in range(1, options.repetitions + 1):
+            name = f"speed-{repetition}"
+            sizes = options.batch_sizes if repetition == 1 else [study.best_size]
+            study.run(name, "ours", "bfloat16", rows["bfloat16"], [1])
+            study.run(name, "lm_eval", "bfloat16", rows["bfloat16"], sizes)
+            print(f"\n{speed_table(study.document)}", flush=True)
+            if repetition == 1:
+                for side in SIDES:
+                    study.run("float32", side, "float32", rows["float32"], [1])
+                print(f"\n{parity_table(study.document['tasks'])}", flush=True)
+    tasks = study.document["tasks"]
+    print(f"\n{parity_table(tasks)}\n\n{speed_table(study.document)}")
+    print(f"\nwritten: {study.save()}")
+    exact = [task["float32"] for task in tasks.values() if "float32" in task]
+    return int(not exact or any(not same(task) for task in exact))
 
 
 def same(task: Mapping[str, Any]) -> bool:
@@ -244,28 +358,65 @@ def same(task: Mapping[str, Any]) -> bool:
     return bool(task["largest_difference"] <= TOLERANCE and not task["differing"])
 
 
-def parity_table(found: Mapping[str, Any]) -> str:
+def parity_table(tasks: Mapping[str, Any]) -> str:
     """Return figures of both sides in float32, and the largest difference."""
-    rows = [["task", "same", "items", "largest difference", "acc ours / lm-eval", "acc_norm"]]
-    for name, task in found.items():
+    rows = [
+        ["task", "same", "items", "log-likelihoods", "largest difference", "acc ours / lm-eval",
+         "acc_norm"]
+    ]  # fmt: skip
+    for name, measured in tasks.items():
+        task = measured.get("float32")
+        if task is None:
+            continue
         shares = [[100 * s[m] for s in (task["ours"], task["lm_eval"])] for m in task["ours"]]
         cells = [f"{ours:.2f} / {theirs:.2f}" for ours, theirs in shares]
         state = "yes" if same(task) else f"NO {task['differing'] or ''}"
+        counts = [f"{task[key]:,}" for key in ("items", "log_likelihoods")]
         difference = f"{task['largest_difference']:.1e}"
-        rows.append([name, state, f"{task['items']:,}", difference, *[*cells, ""][:2]])
+        rows.append([name, state, *counts, difference, *[*cells, ""][:2]])
     return table(rows)
 
 
-def speed_table(found: Mapping[str, Any]) -> str:
-    """Return items per second in bf16, and how many times faster by the clock and in CPU time."""
-    rows = [["task", "", "ours items/s", "lm-eval items/s", "times faster", "in CPU time"]]
-    whole: dict[str, Any] = {"items": sum(task["items"] for task in found.values())}
-    for unit in ("seconds", "cpu_seconds"):
-        whole[unit] = {side: sum(task[unit][side] for task in found.values()) for side in SIDES}
-    for name, task in [*found.items(), ("all", whole)]:
-        rates = [task["items"] / task["seconds"][side] for side in SIDES]
-        times = [task[u]["lm_eval"] / task[u]["ours"] for u in ("seconds", "cpu_seconds")]
-        rows.append([name, "", *(f"{figure:.2f}" for figure in (*rates, *times))])
+def speed_table(document: Mapping[str, Any]) -> str:
+    """Return speeds in bf16 by the processor's clock: medians, and the range of the ratio."""
+    bound = document["bound"]
+    rows = [
+        ["task", "goal", "items/s ours", "lm-eval", "times faster", "lowest to highest", "by clock",
+         "tokens an item ours", "lm-eval", "of the bound ours", "lm-eval"]
+    ]  # fmt: skip
+    named = {n: t["bfloat16"] for n, t in document["tasks"].items() if "bfloat16" in t}
+    complete = min((len(t["runs"][side]) for t in named.values() for side in SIDES), default=0)
+    whole: dict[str, list[Counter[str]]] = {s: [Counter() for _ in range(complete)] for s in SIDES}
+    for side, number in product(SIDES, range(complete)):
+        for task in named.values():
+            whole[side][number].update(task["runs"][side][number])
+    items = sum(task["items"] for task in named.values())
+    for name, task in [
+        *named.items(),
+        *([("all", {"items": items, "runs": whole})] * bool(complete)),
+    ]:
+        runs = {side: task["runs"][side] for side in SIDES}
+        ratios, by_clock = (
+            [b[unit] / a[unit] for a, b in zip(runs["ours"], runs["lm_eval"], strict=False)]
+            for unit in ("cpu_seconds", "seconds")
+        )
+        seconds = [statistics.median(run["cpu_seconds"] for run in runs[side]) for side in SIDES]
+        least = [
+            runs[side][0]["tokens"] * bound["seconds_per_token"]
+            + runs[side][0]["rows_of_logits"] * bound["seconds_per_row_of_logits"]
+            for side in SIDES
+        ]
+        times = seconds[1] / seconds[0]
+        rows.append([
+            name,
+            "yes" if times >= GOAL else "no",
+            *(f"{task['items'] / each:.2f}" for each in seconds),
+            f"{times:.2f}",
+            f"{min(ratios):.2f} to {max(ratios):.2f}",
+            f"{min(by_clock):.2f} to {max(by_clock):.2f}",
+            *(f"{runs[side][0]['tokens'] / task['items']:.0f}" for side in SIDES),
+            *(f"{100 * a / b:.0f} %" for a, b in zip(least, seconds, strict=True)),
+        ])  # fmt: skip
     return table(rows)
 
 
@@ -273,6 +424,8 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, help="folder with the public files")
     parser.add_argument("--items", type=int, default=1000, help="items of each task, at most")
+    parser.add_argument("--speed-items", type=int, help="the same for the speed [--items]")
+    parser.add_argument("--repetitions", type=int, default=2, help="of the speed")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--model", help="another model than the demo's")
@@ -282,7 +435,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="file of the result")
     options = parser.parse_args()
     if options.quick:
-        options.items, options.batch_sizes = min(20, options.items), [8]
+        options.items, options.batch_sizes, options.repetitions = min(20, options.items), [8], 1
+    options.speed_items = min(options.speed_items or options.items, options.items)
     return options
 
 

@@ -13,22 +13,40 @@ from postgrad.evaluate.retention import score_continuations
 from postgrad.model.load import load_model, load_tokenizer
 
 
+class Count:
+    """Tokens that the model reads and rows of logits that it computes, padding included."""
+
+    def __init__(self, model: Any) -> None:
+        """Watch a Transformers causal language model."""
+        self.tokens = self.rows = 0
+        model.get_input_embeddings().register_forward_pre_hook(self._read)
+        model.get_output_embeddings().register_forward_pre_hook(self._answer)
+
+    def _read(self, _: Any, inputs: Any) -> None:
+        self.tokens += inputs[0].numel()
+
+    def _answer(self, _: Any, inputs: Any) -> None:
+        self.rows += inputs[0].shape[:-1].numel()
+
+
 def main(job_path: str, out_path: str) -> None:
-    """Score every task of the job; seconds hold encoding, computation and judging."""
+    """Write a line for every task of the job; seconds hold encoding, computation and judging."""
     job = json.loads(Path(job_path).read_text(encoding="utf-8"))
     torch.set_num_threads(job["threads"])
     directory = Path(job["model"])
     tokenizer = load_tokenizer(directory)
     model = load_model(directory, getattr(torch, job["dtype"]))
-    found: dict[str, Any] = {}
     for group in job["groups"]:
         benchmark = load_benchmark(group["task"], Path(group["folder"]), None, 7)
+        count = Count(model)
         began, cpu = time.perf_counter(), time.process_time()
         rows = score_continuations(model, tokenizer, benchmark)
-        seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
-        found[group["task"]] = {
-            "seconds": seconds,
-            "cpu_seconds": cpu_seconds,
+        line = {
+            "task": group["task"],
+            "seconds": time.perf_counter() - began,
+            "cpu_seconds": time.process_time() - cpu,
+            "tokens": count.tokens,
+            "rows_of_logits": count.rows,
             "items": [
                 {
                     "logprobs": row.logprobs,
@@ -37,7 +55,8 @@ def main(job_path: str, out_path: str) -> None:
                 for row in rows
             ],
         }
-    Path(out_path).write_text(json.dumps({"tasks": found}), encoding="utf-8")
+        with Path(out_path).open("a", encoding="utf-8") as out:
+            out.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":

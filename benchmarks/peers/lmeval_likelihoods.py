@@ -1,10 +1,11 @@
 """lm-evaluation-harness on local rows: its own tasks, unchanged; runs in its own environment.
 
-    python lmeval_likelihoods.py JOB.json OUT.json
+    python lmeval_likelihoods.py JOB.json OUT.jsonl
 
 `datasets.load_dataset` is answered from the files of the job, so the tasks need no network. The job
 names the model, the precision, threads, tasks with their rows, and the batch sizes to choose from
-by a short run each. The result holds, for each task, seconds and one entry per item.
+by a short run each. The first line says which was taken; then one line for each task, with seconds,
+the tokens that were read and the rows of logits (padding included), and one entry per item.
 """
 
 import json
@@ -37,6 +38,11 @@ class Timed(HFLM):
     """The harness's model, with a clock around its likelihoods: no set-up, no aggregation."""
 
     seconds = cpu_seconds = 0.0
+    tokens = 0
+
+    def _model_call(self, inps: Any, *arguments: Any, **options: Any) -> Any:
+        self.tokens += inps.numel()  # every token gets a row of logits
+        return super()._model_call(inps, *arguments, **options)
 
     def loglikelihood(self, *arguments: Any, **options: Any) -> Any:
         """Encode and compute as the harness does."""
@@ -49,7 +55,7 @@ class Timed(HFLM):
 
 def evaluate(model: Timed, manager: TaskManager, names: list[str], limit: int | None) -> Any:
     """Return {task: samples} of a zero-shot run; its time is added to the model's."""
-    model.seconds = model.cpu_seconds = 0.0
+    model.seconds, model.cpu_seconds, model.tokens = 0.0, 0.0, 0
     result = lm_eval.simple_evaluate(
         model=model,
         tasks=names,
@@ -83,26 +89,30 @@ def main(job_path: str, out_path: str) -> None:
     for size in job["batch_sizes"] if len(job["batch_sizes"]) > 1 else ():
         model.batch_size_per_gpu = size
         evaluate(model, manager, names, job["search_items"])
-        searched[size] = model.seconds
+        searched[size] = model.cpu_seconds
     best = min(searched, key=searched.get) if searched else job["batch_sizes"][0]
     model.batch_size_per_gpu = best
-    found = {}
+    write(
+        out_path, {"lm_eval": lm_eval.__version__, "batch_size": best, "searched_seconds": searched}
+    )
     for group in job["groups"]:
         samples = evaluate(model, manager, group["names"], None)
         ordered = {n: sorted(s, key=lambda x: x["doc_id"]) for n, s in samples.items()}
-        items = [entry(sample) for name in group["names"] for sample in ordered[name]]
-        found[group["task"]] = {
+        line = {
+            "task": group["task"],
             "seconds": model.seconds,
             "cpu_seconds": model.cpu_seconds,
-            "items": items,
+            "tokens": model.tokens,
+            "rows_of_logits": model.tokens,
+            "items": [entry(sample) for name in group["names"] for sample in ordered[name]],
         }
-    result = {
-        "tasks": found,
-        "batch_size": best,
-        "searched": searched,
-        "lm_eval": lm_eval.__version__,
-    }
-    Path(out_path).write_text(json.dumps(result), encoding="utf-8")
+        write(out_path, line)
+
+
+def write(out_path: str, line: dict[str, Any]) -> None:
+    """Append a line to the result."""
+    with Path(out_path).open("a", encoding="utf-8") as out:
+        out.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":

@@ -109,6 +109,21 @@ def test_cross_entropy_is_its_definition(realisation, rows, dtype):
     assert nothing is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 101, 2500])
+def test_log_sum_exp_is_its_definition(realisation, width, dtype):
+    logits = values(5, width, dtype=dtype, seed=1, grad=False, scale=5.0)
+    logits[3, width // 2 :] = 40.0  # a tie: the first counts
+    sums, best = fused.log_sum_exp(logits)
+    assert torch.allclose(sums.double(), logits.double().logsumexp(-1), rtol=1e-5, atol=1e-5)
+    assert best[:3].tolist() == logits[:3].float().argmax(-1).tolist()
+    assert int(best[3]) == width // 2
+    logits[2, 0] = float("nan")
+    logits[4, width - 1] = float("inf")
+    finite = torch.isfinite(fused.log_sum_exp(logits)[0])
+    assert finite.tolist() == [True, True, False, True, False]
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_not_finite_stays_so(realisation, bad, dtype):

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from postgrad.errors import ModelError
-from postgrad.model import likelihood
+from postgrad.model import kernels, likelihood, token_tree
 from postgrad.model.likelihood import Pair, encode_pairs, log_likelihoods, shared_beginnings
-from postgrad.model.token_tree import grow
+from postgrad.model.token_tree import grow, tree_softmax
 
 sequences = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=6)
 
@@ -83,6 +83,43 @@ def test_under_autocast_they_are_those_of_a_model_in_that_precision(tiny_model_d
     assert [x.logprob for group in found for x in group] == pytest.approx(wanted, rel=0.03, abs=0.3)
     exact = [x.logprob for group in log_likelihoods(wide, groups) for x in group]
     assert exact != [x.logprob for group in found for x in group]
+
+
+@pytest.mark.parametrize("joined", [0, 10_000])
+@pytest.mark.parametrize("plain", [0, 10_000])
+@pytest.mark.parametrize("library", [True, False])
+def test_every_way_to_attend_gives_the_same(model, monkeypatch, joined, plain, library):
+    monkeypatch.setattr(token_tree, "JOINED_PREFIX", joined)
+    monkeypatch.setattr(token_tree, "PLAIN_LENGTH", plain)
+    if not library:
+        monkeypatch.setattr(kernels, "kernels", lambda: kernels.Kernels(None, "off"))
+    groups = make_groups(5, 2)
+    check(model, groups, log_likelihoods(model, groups, pass_tokens=300))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("library", [True, False])
+@pytest.mark.parametrize("prefix", [0, 3])
+def test_the_softmax_of_trees_is_its_definition(monkeypatch, dtype, library, prefix):
+    if not library:
+        monkeypatch.setattr(kernels, "kernels", lambda: kernels.Kernels(None, "off"))
+    trees = [grow([[1, 2, 3], [1, 2, 4, 5]]), grow([[6], [7, 8]])]
+    length, heads = 16, 6
+    hidden = np.ones((2, length, length), dtype=np.bool_)
+    hidden[:, :, 0] = False
+    for row, tree in enumerate(trees):
+        hidden[row, : len(tree), : len(tree)] = ~tree.visible()
+    mask = torch.from_numpy(hidden)
+    bias = torch.zeros(mask.shape, dtype=dtype).masked_fill_(mask, float("-inf"))
+    generator = torch.Generator().manual_seed(1)
+    scores = (4 * torch.randn(2 * heads, length, prefix + length, generator=generator)).to(dtype)
+    wide = scores.double().view(2, heads, length, -1) * 0.5
+    wide[..., prefix:] += bias.double()[:, None]
+    found = tree_softmax(scores.clone(), bias, 0.5)
+    expected = wide.softmax(-1).view(found.shape)
+    close = 1e-6 if dtype == torch.float32 else 1e-2
+    assert torch.allclose(found.double(), expected, atol=close)
+    assert (found[:, 0, prefix + 1 :] == 0).all()
 
 
 def test_greedy_continuations_are_recognised(model):

@@ -33,7 +33,8 @@ class Bucket:
     """[count, length] positions in the packed row of the documents' own tokens; one past the end
     where padded, and where a shared prefix stands, which is not asked again in each."""
     keys: Tensor
-    """[count, length] the same with the shared prefix: what the documents see."""
+    """[count, length] the same with the shared prefix: what the documents see. In trees of tokens
+    (token_tree.py), whose queries have no padding for it, the prefix stands in front."""
     own: int
     """Own tokens of the documents."""
     prefix: int = 0
@@ -60,7 +61,7 @@ class Bucket:
         if (heads, group, keys) not in self.rows:
             index = self.keys if keys else self.index
             head = torch.arange(heads, device=index.device).view(1, -1, group, 1)
-            rows = index.view(self.count, 1, 1, self.length) * heads + head
+            rows = index.view(self.count, 1, 1, -1) * heads + head
             self.rows[heads, group, keys] = rows.reshape(-1)
         return self.rows[heads, group, keys]
 
@@ -156,14 +157,14 @@ class _BucketAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, buckets: tuple[Bucket, ...], scores: Scores
     ) -> Tensor:
         tokens, group = len(q), q.shape[1] // k.shape[1]
-        q, k, v = _with_padding_row(q), _with_padding_row(k), _with_padding_row(v)
+        q, k, v = with_padding_row(q), with_padding_row(k), with_padding_row(v)
         out = _room(q, buckets)
         kept = []
         for bucket in buckets:
-            qb, kb, vb = _gather(q, bucket, group), _seen(k, bucket), _seen(v, bucket)
+            qb, kb, vb = gather_heads(q, bucket, group), _seen(k, bucket), _seen(v, bucket)
             p = scores.probabilities(qb, kb)
             kept.append(p if bucket.length <= KEPT_LENGTH else None)
-            _scatter(out, torch.bmm(p, vb), bucket, group)
+            scatter_heads(out, torch.bmm(p, vb), bucket, group)
         ctx.save_for_backward(q, k, v, *kept)
         ctx.buckets, ctx.scores = buckets, scores
         return out[:tokens]
@@ -174,25 +175,25 @@ class _BucketAttention(torch.autograd.Function):
         tokens, group, scores = len(grad), q.shape[1] // k.shape[1], ctx.scores
         dq, dk, dv = (_room(x, ctx.buckets) for x in (q, k, v))
         shared_k, shared_v = (_SharedPrefix(x, ctx.buckets) for x in (dk, dv))
-        grad = _with_padding_row(grad)
+        grad = with_padding_row(grad)
         for bucket, p in zip(ctx.buckets, kept, strict=True):
-            go, qb = _gather(grad, bucket, group), _gather(q, bucket, group)
+            go, qb = gather_heads(grad, bucket, group), gather_heads(q, bucket, group)
             kb, vb = _seen(k, bucket), _seen(v, bucket)
             p = scores.probabilities(qb, kb) if p is None else p
             dvb = torch.bmm(p.transpose(1, 2), go)
-            _scatter(dv, dvb, bucket, 1)
+            scatter_heads(dv, dvb, bucket, 1)
             shared_v.add(dvb, bucket)
             ds = scores.backward(torch.bmm(go, vb.transpose(1, 2)), p, qb, kb)
-            _scatter(dq, torch.bmm(ds, kb), bucket, group)
+            scatter_heads(dq, torch.bmm(ds, kb), bucket, group)
             dkb = torch.bmm(ds.transpose(1, 2), qb)
-            _scatter(dk, dkb, bucket, 1)
+            scatter_heads(dk, dkb, bucket, 1)
             shared_k.add(dkb, bucket)
         shared_k.settle()
         shared_v.settle()
         return dq[:tokens], dk[:tokens], dv[:tokens], None, None
 
 
-def _with_padding_row(x: Tensor) -> Tensor:
+def with_padding_row(x: Tensor) -> Tensor:
     """[T, H, D] -> [T + 1, H, D], contiguous, the last token zero: what padding reads."""
     padded = x.new_empty(len(x) + 1, *x.shape[1:])
     padded[:-1] = x
@@ -229,11 +230,14 @@ def _room(like: Tensor, buckets: tuple[Bucket, ...]) -> Tensor:
 
 def _seen(x: Tensor, bucket: Bucket) -> Tensor:
     """Gather keys or values [T + 1, K, D] with the shared prefix -> [count * K, length, D]."""
-    return _gather(x, bucket, 1, keys=True)
+    return gather_heads(x, bucket, 1, keys=True)
 
 
-def _gather(x: Tensor, bucket: Bucket, group: int, keys: bool = False) -> Tensor:
-    """[T + 1, heads, D] -> [count * heads / group, group * length, D]."""
+def gather_heads(x: Tensor, bucket: Bucket, group: int, keys: bool = False) -> Tensor:
+    """[T + 1, heads, D] -> [count * heads / group, group * length, D].
+
+    `keys`: what the bucket's documents see, which may be of another length.
+    """
     heads, width = x.shape[1], x.shape[2]
     index = bucket.head_rows(heads, group, keys)
     if usable(x):
@@ -241,10 +245,10 @@ def _gather(x: Tensor, bucket: Bucket, group: int, keys: bool = False) -> Tensor
         call("gather", x.dtype, x, index, rows, len(index), width)
     else:
         rows = x.view(-1, width).index_select(0, index)
-    return rows.view(-1, group * bucket.length, width)
+    return rows.view(bucket.count * heads // group, -1, width)
 
 
-def _scatter(target: Tensor, rows: Tensor, bucket: Bucket, group: int) -> None:
+def scatter_heads(target: Tensor, rows: Tensor, bucket: Bucket, group: int) -> None:
     """Write rows [count * heads / group, group * length, D] back; padding goes past the end."""
     heads, width = target.shape[1], target.shape[2]
     index = bucket.head_rows(heads, group)

@@ -199,6 +199,21 @@ def cross_entropy_definition(
     return losses, delta.mul_(weights.unsqueeze(1)).to(logits.dtype)
 
 
+def log_sum_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log(sum(e^logits)) of each row [N] float32 and the place of its highest value [N]."""
+    if usable(logits):
+        sums = logits.new_empty(len(logits), dtype=torch.float32)
+        best = logits.new_empty(len(logits), dtype=torch.int64)
+        call("log_sum_exp", logits.dtype, logits, sums, best, *logits.shape)
+        return sums, best
+    return realised(log_sum_exp_definition, logits)(logits)  # type: ignore[no-any-return]
+
+
+def log_sum_exp_definition(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute what `log_sum_exp` says."""
+    return torch.logsumexp(logits.float(), dim=-1), logits.argmax(-1)
+
+
 @dataclass(frozen=True, slots=True)
 class _Fused:
     """A forward that stands in for a module's own."""

@@ -216,6 +216,35 @@ void NAME(cross_entropy)(ELEMENT *restrict logits, const int64_t *restrict label
     }
 }
 
+/* log(sum(e^logits)) of every row, and the first place of its highest value. */
+void NAME(log_sum_exp)(const ELEMENT *restrict logits, float *restrict sums, int64_t *restrict best,
+                       int64_t rows, int64_t width) {
+    ROWS
+    for (int64_t row = 0; row < rows; row++) {
+        const ELEMENT *line = logits + row * width;
+        float highest = -INFINITY, sum = 0.0f;
+        int64_t place = 0;
+        for (int64_t start = 0; start < width; start += 1024) {
+            int64_t end = start + 1024 < width ? start + 1024 : width;
+            float top = -INFINITY;
+#pragma omp simd reduction(max : top)
+            for (int64_t i = start; i < end; i++) {
+                float value = LOAD(line[i]);
+                top = value > top ? value : top;
+            }
+            place = top > highest ? start : place;
+            highest = top > highest ? top : highest;
+        }
+        while (place + 1 < width && LOAD(line[place]) != highest)
+            place++;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < width; i++)
+            sum += exponential(LOAD(line[i]) - highest);
+        sums[row] = highest + logf(sum);
+        best[row] = place;
+    }
+}
+
 /* Softmax of scores[row, first .. last] times `factor`, zeros elsewhere; last = row % length (the causal
    mask of queries stacked `length` by `length`), first = last - window + 1, not below 0. Scores [rows,
    length] become probabilities; the factor is positive and the length at most a few thousand (one row of
@@ -272,6 +301,38 @@ void NAME(causal_softmax_backward)(ELEMENT *restrict dp, const ELEMENT *restrict
         for (int64_t i = 0; i < count; i++)
             line[i] = STORE(factor * LOAD(share[i]) * (LOAD(line[i]) - dot));
         memset(line + count, 0, behind * sizeof(ELEMENT));
+    }
+}
+
+/* Softmax of scores[row] times `factor` plus bias, in place. A tree has `rows_per_tree` rows of prefix + length
+   scores; row r asks as token i = r % length of tree t, sees the whole prefix and, of its own tree, what
+   bias[t, i] (0 or minus infinity, [trees, length, length]) leaves it up to itself; zeros elsewhere. */
+void NAME(tree_softmax)(ELEMENT *restrict scores, const ELEMENT *restrict bias, float factor,
+                        int64_t rows, int64_t rows_per_tree, int64_t prefix, int64_t length) {
+    ROWS
+    for (int64_t row = 0; row < rows; row++) {
+        int64_t query = row % length, count = prefix + query + 1;
+        const ELEMENT *seen = bias + ((row / rows_per_tree) * length + query) * length;
+        ELEMENT *line = scores + row * (prefix + length);
+        float highest = -INFINITY, sum = 0.0f, powers[prefix + length];
+        for (int64_t i = 0; i < prefix; i++)
+            powers[i] = LOAD(line[i]) * factor;
+#pragma omp simd
+        for (int64_t i = prefix; i < count; i++)
+            powers[i] = LOAD(line[i]) * factor + LOAD(seen[i - prefix]);
+#pragma omp simd reduction(max : highest)
+        for (int64_t i = 0; i < count; i++)
+            highest = powers[i] > highest ? powers[i] : highest;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < count; i++) {
+            powers[i] = exponential(powers[i] - highest);
+            sum += powers[i];
+        }
+        float inverse = 1.0f / sum;
+#pragma omp simd
+        for (int64_t i = 0; i < count; i++)
+            line[i] = STORE(powers[i] * inverse);
+        memset(line + count, 0, (prefix + length - count) * sizeof(ELEMENT));
     }
 }
 

@@ -3,9 +3,9 @@
 The options of a question share its prompt. Their tokens are laid out as a tree, one node per
 distinct beginning, and every token attends to its ancestors, so a prompt with four options costs
 one prompt and four endings. Trees stand packed in one row and are gathered into batches of similar
-size for the attention; tokens that many trees begin with (few-shot examples, a system prompt) are
-read before and attended to separately, merged by log-sum-exp ("Cascade Inference", Ye et al.,
-FlashInfer, 2024).
+size for the attention. Tokens that many trees begin with are read before: a few stand before the
+keys of each tree, many (few-shot examples, a system prompt) are attended to separately, merged by
+log-sum-exp ("Cascade Inference", Ye et al., FlashInfer, 2024).
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,16 +17,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from postgrad.model.buckets import Bucket, gather_heads, scatter_heads, with_padding_row
 from postgrad.model.decode import Prefix, attend
+from postgrad.model.kernels import call, usable
 from postgrad.types import IntArray
 
 NAME = "postgrad-token-tree"
 LENGTH_MULTIPLE = 16
 """Trees are padded to a multiple of this many tokens inside the attention: few distinct shapes."""
-PLAIN_LENGTH = 256
-"""Longest tree whose attention is computed by plain matrix products."""
+PLAIN_LENGTH = 512
+"""Longest tree, prefix included, whose attention is computed by plain matrix products."""
+JOINED_PREFIX = 128
+"""A shared beginning up to so long is put before the keys of every tree; a longer one is attended
+to separately."""
 BATCH_TOKENS = 2048
 """Padded tokens of trees in one attention call: keeps the scores in the cache."""
 
@@ -83,10 +89,16 @@ def grow(sequences: Sequence[Sequence[int]]) -> TokenTree:
 class TreeBatch:
     """Trees of similar size as a rectangle."""
 
-    index: Tensor
-    """[count, length] positions in the packed row; one past its end where padded."""
+    places: Bucket
+    """Where the tokens stand in the packed row; one past its end where padded. Behind that stands a
+    joined prefix, which the trees see but do not ask."""
     bias: Tensor
-    """[count, 1, length, length] zero where a token may attend, else minus infinity."""
+    """[count, length, length] zero where a token may attend in its tree, else minus infinity."""
+
+    @property
+    def span(self) -> int:
+        """Keys of each query, padding included."""
+        return self.places.keys.shape[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +107,10 @@ class TreeLayout:
 
     tokens: int
     batches: tuple[TreeBatch, ...]
-    prefix: Prefix | None
+    joined: Prefix | None
+    """A short prefix, before the keys of every tree."""
+    apart: Prefix | None
+    """A long one, attended to separately."""
 
 
 def make_layout(
@@ -103,23 +118,31 @@ def make_layout(
 ) -> TreeLayout:
     """Group packed trees by size, longest first."""
     starts = np.cumsum([0, *(len(tree) for tree in trees)]).tolist()
+    tokens = starts[-1]
     order = sorted(range(len(trees)), key=lambda n: -len(trees[n]))
+    joined = prefix if prefix is not None and prefix.length <= JOINED_PREFIX else None
+    before = joined.length if joined else 0
     batches = []
     while order:
         length = -(-len(trees[order[0]]) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
         count = max(1, BATCH_TOKENS // length)
         group, order = order[:count], order[count:]
-        index = np.full((len(group), length), starts[-1])
+        index = np.full((len(group), length), tokens)
         hidden = np.ones((len(group), length, length), dtype=np.bool_)
         hidden[:, :, 0] = False  # padded tokens need something to attend to
         for row, number in enumerate(group):
             size = len(trees[number])
             index[row, :size] = np.arange(starts[number], starts[number] + size)
             hidden[row, :size, :size] = ~trees[number].visible()
+        front = np.broadcast_to(np.arange(tokens + 1, tokens + 1 + before), (len(group), before))
+        asked, seen = (
+            torch.from_numpy(x).to(device) for x in (index, np.concatenate([front, index], 1))
+        )
+        own = sum(len(trees[number]) for number in group)
         bias = torch.zeros(hidden.shape, dtype=dtype, device=device)
         bias.masked_fill_(torch.from_numpy(hidden).to(device), float("-inf"))
-        batches.append(TreeBatch(torch.from_numpy(index).to(device), bias[:, None]))
-    return TreeLayout(starts[-1], tuple(batches), prefix)
+        batches.append(TreeBatch(Bucket(asked, seen, own, before), bias))
+    return TreeLayout(tokens, tuple(batches), joined, None if joined else prefix)
 
 
 def computed_dtype(tensor: Tensor) -> torch.dtype:
@@ -156,45 +179,62 @@ def _attention(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     dtype = computed_dtype(query)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    heads, width = query.shape[1], query.shape[3]
+    heads = query.shape[1]
     groups = heads // key.shape[1]
     if layout is None:
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
         return attend(query, key, value, scale, causal=True)[0].transpose(1, 2), None
-    q, k, v = (_with_padding(x) for x in (query, key, value))
-    out, weight = q.new_zeros(len(q), heads, width), q.new_zeros(len(q), heads, dtype=torch.float32)
+    q = with_padding_row(query[0].transpose(0, 1))
+    before = layout.joined.layers[module.layer_idx] if layout.joined else (None, None)
+    k, v = (_with_prefix(x, shared) for x, shared in zip((key, value), before, strict=True))
+    out, weight = torch.empty_like(q), q.new_zeros(len(q), heads, dtype=torch.float32)
     for batch in layout.batches:
-        rows = (x[batch.index].transpose(1, 2) for x in (q, k, v))
-        rows_q, rows_k, rows_v = rows
-        if layout.prefix is None and batch.index.shape[1] <= PLAIN_LENGTH:
-            part = _plainly(rows_q, rows_k, rows_v, scale, batch.bias)
-            out[batch.index] = part.transpose(1, 2)
+        if layout.apart is None and batch.span <= PLAIN_LENGTH:
+            _plainly(q, k, v, scale, batch, out)
             continue
-        rows_k, rows_v = (x.repeat_interleave(groups, 1) for x in (rows_k, rows_v))
-        part, part_weight = attend(rows_q, rows_k, rows_v, scale, bias=batch.bias)
-        out[batch.index] = part.transpose(1, 2)
-        weight[batch.index] = part_weight.transpose(1, 2).to(torch.float32)
+        asked, seen = batch.places.index, batch.places.keys
+        rows_q = q[asked].transpose(1, 2)
+        rows_k, rows_v = (x[seen].transpose(1, 2).repeat_interleave(groups, 1) for x in (k, v))
+        bias = functional.pad(batch.bias, (batch.places.prefix, 0))[:, None]
+        part, part_weight = attend(rows_q, rows_k, rows_v, scale, bias=bias)
+        out[asked] = part.transpose(1, 2)
+        weight[asked] = part_weight.transpose(1, 2).to(torch.float32)
     own, own_weight = out[:-1], weight[:-1]
-    if layout.prefix is None:
+    if layout.apart is None:
         return own[None], None
-    shared, shared_weight = _prefix_attention(module, query, key.shape[1], layout.prefix, scale)
+    shared, shared_weight = _prefix_attention(module, query, key.shape[1], layout.apart, scale)
     share = torch.sigmoid(shared_weight - own_weight).unsqueeze(-1).to(own.dtype)
     return torch.lerp(own, shared, share)[None], None
 
 
-def _plainly(query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor) -> Tensor:
-    """The same by two matrix products: faster than the kernel on short trees, q [B, H, L, D].
+def _plainly(q: Tensor, k: Tensor, v: Tensor, scale: float, batch: TreeBatch, out: Tensor) -> None:
+    """Write the attention of a batch into `out` by two matrix products, q and out [T + 1, H, D].
 
-    Query heads that share a key head are stacked along the query axis.
+    Faster than the kernel on short trees. Query heads that share a key head are stacked along the
+    query axis.
     """
-    rows, heads, length, width = query.shape
-    key_heads = key.shape[1]
-    hidden = bias.expand(rows, key_heads, length, length).reshape(-1, 1, length, length)
-    hidden = hidden.expand(-1, heads // key_heads, -1, -1).reshape(rows * key_heads, -1, length)
-    stacked = query.reshape(rows * key_heads, -1, width)
-    keys, values = (x.reshape(-1, length, width) for x in (key, value))
-    scores = torch.baddbmm(hidden, stacked, keys.transpose(1, 2), alpha=scale)
-    return torch.bmm(scores.softmax(-1), values).view(rows, heads, length, width)
+    groups = q.shape[1] // k.shape[1]
+    asked = gather_heads(q, batch.places, groups)
+    keys, values = (gather_heads(x, batch.places, 1, keys=True) for x in (k, v))
+    shares = tree_softmax(torch.bmm(asked, keys.transpose(1, 2)), batch.bias, scale)
+    scatter_heads(out, torch.bmm(shares, values), batch.places, groups)
+
+
+def tree_softmax(scores: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """Turn scores into probabilities in place: softmax(scale scores + bias).
+
+    Scores [trees * heads, queries, prefix + L], queries a multiple of L; bias [trees, L, L] is that
+    of the last L keys, and no query i of L sees a key behind i. The prefix is seen by all.
+    """
+    trees, length, _ = bias.shape
+    prefix = scores.shape[-1] - length
+    if usable(scores, bias):
+        rows = scores.numel() // scores.shape[-1]
+        call("tree_softmax", scores.dtype, scores, bias, scale, rows, rows // trees, prefix, length)
+        return scores
+    hidden = functional.pad(bias, (prefix, 0))[:, None]
+    by_head = scores.mul_(scale).view(trees, -1, length, prefix + length)
+    return by_head.add_(hidden).softmax(-1).view_as(scores)
 
 
 def _prefix_attention(
@@ -209,10 +249,13 @@ def _prefix_attention(
     return out, weight.reshape(-1, tokens).transpose(0, 1)
 
 
-def _with_padding(x: Tensor) -> Tensor:
-    """[1, H, T, D] -> [T + 1, H, D] with a row of zeros for padding to point at."""
+def _with_prefix(x: Tensor, prefix: Tensor | None) -> Tensor:
+    """[1, K, T, D] -> [T + 1 + P, K, D]: padding points at a row of zeros, then the prefix."""
     rows = x[0].transpose(0, 1)
-    return torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
+    if prefix is None:
+        return with_padding_row(rows)
+    shared = prefix[0].transpose(0, 1).to(rows.dtype)
+    return torch.cat([rows, rows.new_zeros(1, *rows.shape[1:]), shared])
 
 
 AttentionInterface.register(NAME, _attention)
