@@ -116,6 +116,10 @@ class DataConfig(Section):
     """Rows longer than max_length: refuse with a table of lengths, drop, or cut the end off."""
     limit: PositiveInt | None = None
     """Use at most this many training rows (a seeded sample, taken after the split)."""
+    limit_sampling: Literal["random", "varied"] = "random"
+    """Which rows `limit` keeps: random = like all rows; varied = more of the rare: an answer that n
+    rows have gets a share that grows like n to the power 0.7, and of near-duplicates one comes
+    before the others. For answers that are labels, of which some are much more frequent."""
     replay: Source | None = None
     """General chats mixed into the training rows, so that less is forgotten: a file in any format
     of rows, or `self` = the base model's own answers to general requests, made once (greedy) and
@@ -324,6 +328,10 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         data, evaluate = self.data, self.evaluate
+        if data.limit_sampling != "random" and data.limit is None:
+            raise ValueError(
+                f"data.limit_sampling {data.limit_sampling} chooses the rows of data.limit: set it"
+            )
         if (evaluate.scorer == "regex") != bool(evaluate.pattern):
             raise ValueError("evaluate.scorer regex and evaluate.pattern go together")
         try:

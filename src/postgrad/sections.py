@@ -31,6 +31,17 @@ class Section(BaseModel):
     )
 
 
+class ColumnsConfig(Section):
+    """Names of the columns of a table whose headings postgrad does not know."""
+
+    prompt: str
+    """Column with the request."""
+    completion: str
+    """Column with the answer."""
+    system: str | None = None
+    """Column with the system prompt."""
+
+
 class LoraConfig(Section):
     """Low-rank adapters on a frozen base (Hu et al. 2021, arXiv 2106.09685)."""
 

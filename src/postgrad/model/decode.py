@@ -15,7 +15,7 @@ padding, Transformers' own cache, masks and attention.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, Protocol
@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
+
+from postgrad.model.fused import fused_layers
 
 NAME = "postgrad-decode"
 PREFILL_TOKENS = {"cpu": 768}
@@ -255,11 +257,15 @@ def read_prefix(model: Any, ids: Sequence[int]) -> Prefix:
 
 @contextmanager
 def decoding_attention(model: Any) -> Iterator[None]:
-    """Run the model with the attention that `SharedDecoder` needs, and its own again afterwards."""
+    """Run the model with the attention that `SharedDecoder` needs, and its own again afterwards.
+
+    On a CPU its element-wise parts are fused, as in training.
+    """
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     try:
-        yield
+        with fused_layers(model) if _device(model).type == "cpu" else nullcontext():
+            yield
     finally:
         model.set_attn_implementation(before)
 
