@@ -31,6 +31,7 @@ from postgrad.sections import (
     FullConfig,
     LoraConfig,
     PromptSearchConfig,
+    ReportConfig,
     Section,
     ShotKinds,
     Shots,
@@ -287,23 +288,6 @@ class EvaluateConfig(Section):
     dial: DialConfig | None = None
     """Points between base and tuned model, {lambdas: [0.5], margin: 1}: what each keeps of the gain
     and how much less it forgets; null = not measured. Needs evaluate.retention."""
-
-
-class ReportConfig(Section):
-    """What estimate and report need to know about money and authorship."""
-
-    price_per_hour: NonNegativeFloat | None = None
-    """What an hour of this machine costs you; null = time only. List prices, electricity and power
-    are said in `prices`."""
-    currency: str = "USD"
-    """Currency of price_per_hour."""
-    prices: str | None = None
-    """File with list prices, electricity and power, read by `estimate` and --dry-run; null =
-    $POSTGRAD_PRICES, else the prices.toml that comes with postgrad."""
-    language: str = "en"
-    """Language of the data, for the model card's metadata."""
-    license: str = "other"
-    """Licence of the tuned model, for the model card's metadata."""
 
 
 class Recipe(Section):
