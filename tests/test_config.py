@@ -87,6 +87,7 @@ def test_errors_inside_adapt_name_the_right_key():
         ("data.format=columns", "go together"),
         ("data.prompt_template=hello", "must contain {prompt}"),
         ("data={train: a, validation: 0.5, test: 0.5}", "leave no rows"),
+        ("data.limit_sampling=varied", "chooses the rows of data.limit: set it"),
         ("data.columns={prompt: a}", "data.columns.completion is required"),
         ("model=", "model must be a section of keys (base, revision"),
         ("name=a b", "name must be letters"),

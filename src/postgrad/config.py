@@ -31,6 +31,7 @@ from postgrad.sections import (
     FullConfig,
     LoraConfig,
     PromptSearchConfig,
+    ReportConfig,
     Section,
     ShotKinds,
     Shots,
@@ -116,6 +117,10 @@ class DataConfig(Section):
     """Rows longer than max_length: refuse with a table of lengths, drop, or cut the end off."""
     limit: PositiveInt | None = None
     """Use at most this many training rows (a seeded sample, taken after the split)."""
+    limit_sampling: Literal["random", "varied"] = "random"
+    """Which rows `limit` keeps: random = like all rows; varied = more of the rare: an answer that n
+    rows have gets a share that grows like n to the power 0.7, and of near-duplicates one comes
+    before the others. For answers that are labels, of which some are much more frequent."""
     replay: Source | None = None
     """General chats mixed into the training rows, so that less is forgotten: a file in any format
     of rows, or `self` = the base model's own answers to general requests, made once (greedy) and
@@ -285,23 +290,6 @@ class EvaluateConfig(Section):
     and how much less it forgets; null = not measured. Needs evaluate.retention."""
 
 
-class ReportConfig(Section):
-    """What estimate and report need to know about money and authorship."""
-
-    price_per_hour: NonNegativeFloat | None = None
-    """What an hour of this machine costs you; null = time only. List prices, electricity and power
-    are said in `prices`."""
-    currency: str = "USD"
-    """Currency of price_per_hour."""
-    prices: str | None = None
-    """File with list prices, electricity and power, read by `estimate` and --dry-run; null =
-    $POSTGRAD_PRICES, else the prices.toml that comes with postgrad."""
-    language: str = "en"
-    """Language of the data, for the model card's metadata."""
-    license: str = "other"
-    """Licence of the tuned model, for the model card's metadata."""
-
-
 class Recipe(Section):
     """A whole recipe: one model, one data set, one training, one evaluation."""
 
@@ -324,6 +312,10 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         data, evaluate = self.data, self.evaluate
+        if data.limit_sampling != "random" and data.limit is None:
+            raise ValueError(
+                f"data.limit_sampling {data.limit_sampling} chooses the rows of data.limit: set it"
+            )
         if (evaluate.scorer == "regex") != bool(evaluate.pattern):
             raise ValueError("evaluate.scorer regex and evaluate.pattern go together")
         try:

@@ -176,3 +176,20 @@ class PromptSearchConfig(Section):
     where nothing was trained; null = no limit."""
     max_variants: PositiveInt | None = None
     """Variants tried at most, the first of a seeded order; null = all."""
+
+
+class ReportConfig(Section):
+    """What estimate and report need to know about money and authorship."""
+
+    price_per_hour: NonNegativeFloat | None = None
+    """What an hour of this machine costs you; null = time only. List prices, electricity and power
+    are said in `prices`."""
+    currency: str = "USD"
+    """Currency of price_per_hour."""
+    prices: str | None = None
+    """File with list prices, electricity and power, read by `estimate` and --dry-run; null =
+    $POSTGRAD_PRICES, else the prices.toml that comes with postgrad."""
+    language: str = "en"
+    """Language of the data, for the model card's metadata."""
+    license: str = "other"
+    """Licence of the tuned model, for the model card's metadata."""

@@ -387,7 +387,7 @@ def _train(run: Run, dataset: Dataset, options: Options) -> None:
     with _timed(run, "train", options):
         watch = open_watch(run, session.recipe, floors, options.show)
         facts = train_model(session, run, packed, options.show, watch)
-        merge = export_model(session, run, packed)
+        merge = export_model(session, run, packed, facts["restored_loss"])
         run.update(train=facts, **({"merge": merge} if merge else {}))
 
 

@@ -266,6 +266,58 @@ def test_limit_is_a_seeded_sample_of_train_in_the_ledger():
     assert ids[0] != {row.id for row in by_split(divide(pool, {}, config(limit=40), 8))[TRAIN]}
 
 
+def labelled(counts):
+    """Rows with answers of the given frequencies, no two of them alike."""
+    answers = [answer for answer, count in counts.items() for _ in range(count)]
+    rows = zip(distinct(len(answers)), answers, strict=True)
+    return [example(row.conversation.messages[0].content, answer) for row, answer in rows]
+
+
+def test_a_varied_sample_holds_more_of_the_rare_answers():
+    pool = labelled({"common": 400, "usual": 100, "rare": 20})
+    options = {"limit": 100, "validation": 0.05, "test": 0.05}
+    plain, varied = (
+        Counter(
+            row.conversation.answer
+            for row in by_split(divide(pool, {}, config(limit_sampling=sampling, **options), 7))[
+                TRAIN
+            ]
+        )
+        for sampling in ("random", "varied")
+    )
+    assert sum(plain.values()) == sum(varied.values()) == 100
+    assert varied["rare"] > 1.5 * plain["rare"]
+    assert varied["common"] > varied["usual"] > varied["rare"] > 0
+    # shares grow like n to the power 0.7: 66, 25 and 8 of 98.9
+    assert abs(varied["common"] - 66) <= 3
+    assert abs(varied["usual"] - 25) <= 3
+
+
+def test_a_varied_sample_takes_near_duplicates_last():
+    pool = labelled({"yes": 40})
+    text = pool[0].conversation.messages[0].content
+    pool += [example(f"{text}{end}", "yes") for end in "!?;:.,abcd"]
+    options = config(limit=30, limit_sampling="varied", validation=0.1, test=0.1)
+    kept = by_split(divide(pool, {}, options, 7))[TRAIN]
+    assert len(kept) == 30
+    assert sum(row.conversation.messages[0].content.startswith(text) for row in kept) <= 1
+
+
+def test_a_smaller_varied_sample_is_part_of_a_larger_one():
+    pool = labelled({"common": 200, "usual": 60, "rare": 20})
+    given = {TEST: distinct(340, 300), VALIDATION: [*distinct(380, 340), pool[0]]}
+    samples = []
+    for limit in (30, 90):
+        options = config(
+            limit=limit, limit_sampling="varied", validation="v", test="t", on_overlap="drop"
+        )
+        division = divide(pool, given, options, 7)
+        samples.append({row.id for row in by_split(division)[TRAIN]})
+        assert Counter(row.step for row in division.dropped) == {"limit": 279 - limit, "overlap": 1}
+    assert len(samples[0]) == 30
+    assert samples[0] < samples[1]
+
+
 def test_overlap_is_refused_with_the_rows_or_dropped_from_the_lesser_split():
     pool = [*distinct(40), example("Where is my card?", source="train:41")]
     test = [*distinct(80, 40), example("where is my CARD", source="test:41")]

@@ -64,7 +64,7 @@ def test_the_second_demo_needs_no_network(cached_rows, monkeypatch):
 
 
 def test_the_budget_scales_rows_and_evaluation(cached_rows):
-    full, half, double = demo_recipe(10), demo_recipe(5), demo_recipe(20)
+    full, half, double = demo_recipe(7), demo_recipe(3.5), demo_recipe(14)
     assert full.data.train == str(cached_rows)
     assert half.data.limit == round(full.data.limit / 2)
     assert half.evaluate.limit < full.evaluate.limit < double.evaluate.limit

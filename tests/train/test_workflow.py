@@ -18,6 +18,8 @@ from postgrad.progress import SilentDisplay
 from postgrad.run import create_run, verify_checksums
 from postgrad.train import session as session_module
 from postgrad.train.checkpoint import resume
+from postgrad.train.held_out import Validation
+from postgrad.train.plan import evaluation_tokens
 from postgrad.train.session import open_session
 from postgrad.train.workflow import export_model, restore_best, train_model
 from training import events, make_recipe, weights_of, write_rows
@@ -247,6 +249,28 @@ def test_a_merged_model_is_measured(tiny_model_dir, tmp_path):
     verify_checksums(run.export / "merged")
     after = weights_of(session.model)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_held_out_loss_that_is_known_is_not_measured_again(tiny_model_dir, tmp_path):
+    session, run = prepare(tiny_model_dir, tmp_path, merge=True)
+    facts = train_model(session, run, True, SilentDisplay())
+    drift = export_model(session, run, True, facts["restored_loss"] + 1e-3)
+    assert drift["loss_before"] == facts["restored_loss"] + 1e-3
+    assert drift["loss_after"] == pytest.approx(facts["restored_loss"], abs=1e-5)
+
+
+def test_held_out_rows_are_measured_in_larger_passes(tiny_model_dir, tmp_path):
+    session, _ = prepare(tiny_model_dir, tmp_path, micro_batch_tokens=50)
+    micro = session.recipe.train.micro_batch_tokens
+    assert micro < 100
+    held_out = session.held_out(True)
+    sizes = [batch.ids.size for batch in held_out.batches]
+    assert micro < max(sizes) <= evaluation_tokens(micro, on_gpu=False)
+    small = Validation(session.validation, micro, True)
+    assert len(small.batches) > len(sizes)
+    with session.attention():
+        losses = [rows(session.model, session.objective).loss for rows in (held_out, small)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_a_merge_that_moves_the_loss_is_refused_and_not_written(tiny_model_dir, tmp_path):

@@ -6,7 +6,6 @@ that neither file order nor added rows elsewhere move a row needlessly. Files th
 validation or test are not trusted: they are checked for overlap.
 """
 
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +16,7 @@ import numpy as np
 
 from postgrad.config import DataConfig
 from postgrad.data.near_duplicates import Ints, connect, find_twins, join, normalise
+from postgrad.data.sampling import limit_rows, seeded_hash
 from postgrad.errors import ConfigError, DataError
 from postgrad.types import Check, Dropped, Example, Split
 
@@ -68,7 +68,9 @@ def divide(
             "data.validation and data.test together leave no rows for training",
             "make them smaller: 0.1 each is usual",
         )
-    clusters = _clusters(pool, requests, config.near_duplicate) if shares else np.arange(len(pool))
+    clusters = np.arange(len(pool))
+    if shares or config.limit_sampling == "varied":
+        clusters = _clusters(pool, requests, config.near_duplicate)
     kept = _without_repeats(pool, dropped)
     _require(len(kept), len(set(clusters[kept].tolist())), len(shares) + 1, len(pool))
     facts: dict[str, Any] = {"near_duplicate": config.near_duplicate}
@@ -85,13 +87,10 @@ def divide(
         parts[Split.VALIDATION] = [rows[index] for index in _without_repeats(rows, dropped)]
     facts |= _conflicts(everything, requests)
     overlaps = _overlaps(parts, requests, config, dropped) if given else []
-    parts[Split.TRAIN] = _limit(parts[Split.TRAIN], config.limit, seed, dropped)
+    alike = {id(example): int(root) for example, root in zip(pool, clusters, strict=True)}
+    parts[Split.TRAIN] = limit_rows(parts[Split.TRAIN], alike, config, seed, dropped)
     checks = (_overlap_check(overlaps, facts, config), _size_check(parts))
     return Division(_number(parts), tuple(dropped), checks)
-
-
-def _hash(*parts: object) -> bytes:
-    return hashlib.sha256(":".join(map(str, parts)).encode()).digest()
 
 
 # --- what is compared ---------------------------------------------------------------------------
@@ -233,7 +232,7 @@ def _deal(
         members.setdefault(int(clusters[index]), []).append(index)
     keys = {root: min(pool[index].id for index in rows) for root, rows in members.items()}
     deal = _Deal(
-        sorted(members, key=lambda root: _hash(seed, keys[root])),
+        sorted(members, key=lambda root: seeded_hash(seed, keys[root])),
         {root: len(rows) for root, rows in members.items()},
         {split: max(1, round(share * len(kept))) for split, share in shares.items()},
     )
@@ -297,21 +296,6 @@ def _cluster_facts(
         "asked": {split.value: share for split, share in shares.items()},
         "got": {split.value: dealt.count(split) for split in shares},
     }
-
-
-def _limit(
-    rows: list[Example], limit: int | None, seed: int, dropped: list[Dropped]
-) -> list[Example]:
-    """Keep `limit` rows, chosen by a seeded hash: a smaller limit keeps a subset of them."""
-    if limit is None or len(rows) <= limit:
-        return rows
-    ranked = sorted(range(len(rows)), key=lambda index: _hash(seed, "limit", rows[index].id))
-    kept = set(ranked[:limit])
-    for index, example in enumerate(rows):
-        if index not in kept:
-            reason = f"not in the sample of data.limit={limit}"
-            dropped.append(Dropped(example.id, example.source, "limit", reason))
-    return [example for index, example in enumerate(rows) if index in kept]
 
 
 def _number(parts: Mapping[Split, Sequence[Example]]) -> tuple[Example, ...]:

@@ -26,6 +26,8 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from postgrad.model.prompt_attention import PLAIN_SCORES, Pair, fits_together, read_together
+
 NAME = "postgrad-decode"
 PREFILL_TOKENS = {"cpu": 768}
 """Tokens of one pass over prompts by kind of device, `MOST_PREFILL_TOKENS` elsewhere. On a CPU more
@@ -33,11 +35,6 @@ would leave its caches, and rows of one pass are padded to the longest inside th
 MOST_PREFILL_TOKENS = 8192
 RESERVED_TOKENS = 64
 """Columns of a buffer for answers; as many again are added when they are full."""
-PLAIN_SCORES = 384 * 384
-"""Scores for each row and head: up to so many, two matrix products on a CPU are faster than the
-kernel, whose own products are not made for bf16 on every processor; more are made in pieces."""
-
-Pair = tuple[Tensor, Tensor]
 
 
 class Decoder(Protocol):
@@ -345,6 +342,8 @@ def _attention(
     prefix = decoding.prefix.layers[layer] if decoding.prefix else None
     if decoding.places is None:
         return _last(query, key, value, scale, decoding.bias, prefix), None
+    if fits_together(query, key, prefix):
+        return read_together(query, key, value, scale, decoding.places, prefix), None
     own, own_weight = _packed(query, key, value, scale, decoding.places)
     if prefix is None:
         return own.transpose(1, 2), None

@@ -19,6 +19,7 @@ from postgrad.model.divergence import forward_kl
 from postgrad.model.lora import disabled
 from postgrad.run import Run, read_jsonl
 from postgrad.train.base_answers import answer_as_base
+from postgrad.train.plan import evaluation_tokens
 from postgrad.train.probe_rows import given_chats, usable_chats
 from postgrad.train.session import Session
 from postgrad.train.sft import KL_CHUNK, SupervisedFineTuning
@@ -159,7 +160,9 @@ def open_kl_probe(session: Session, run: Run, packed: bool) -> KlProbe | None:
             session.model,
             session.objective,
             rows,
-            micro_batch_tokens=config.micro_batch_tokens,
+            micro_batch_tokens=evaluation_tokens(
+                config.micro_batch_tokens, session.model.device.type == "cuda"
+            ),
             packed=packed,
             frozen_head=isinstance(session.recipe.model.adapt, LoraConfig),
         )

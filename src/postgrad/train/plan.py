@@ -18,6 +18,9 @@ CHECKPOINT_SHARE = 0.8
 """Above this share the activations of the smallest micro-batch are recomputed instead of kept; the
 rest is for gradients, optimizer and logits. Pre-flight then tries it."""
 
+EVALUATION_FACTOR = 4
+"""So many times the tokens of a micro-batch fit where nothing is kept for a backward pass."""
+
 PROBE_FACTORS = (1 / 3, 1.0, 3.0)
 """Multiples of the automatic learning rate that a probe tries."""
 PROBE_SHARE, FEWEST_PROBE_STEPS = 0.1, 20
@@ -95,6 +98,16 @@ def auto_eval_steps(steps: int) -> int:
     10
     """
     return max(1, steps // EVALUATIONS)
+
+
+def evaluation_tokens(micro_batch_tokens: int, on_gpu: bool) -> int:
+    """Return the tokens of a forward pass over held-out rows, which keeps no activations.
+
+    >>> [evaluation_tokens(micro, on_gpu=False) for micro in (100, 470, 2048, 4096)]
+    [400, 1880, 2048, 4096]
+    """
+    preferred = GPU_MICRO_BATCH if on_gpu else CPU_MICRO_BATCH
+    return max(micro_batch_tokens, min(EVALUATION_FACTOR * micro_batch_tokens, preferred))
 
 
 def probe_steps(steps: int) -> int:

@@ -26,6 +26,7 @@ from postgrad.train.held_out import Validation
 from postgrad.train.memory import available_bytes
 from postgrad.train.plan import (
     auto_eval_steps,
+    evaluation_tokens,
     resolve_train,
     with_eval_rows,
 )
@@ -35,6 +36,7 @@ from postgrad.train.stream import Stream
 from postgrad.types import Batch, Check, Dropped, Split, Tokens
 
 PROBE_TOKENS = 1024
+"""Tokens that are timed to choose threads, fewer where a step has fewer."""
 PROBE_TURNS = 3
 
 
@@ -104,7 +106,8 @@ class Session:
         """Lay out the validation rows."""
         micro = self.recipe.train.micro_batch_tokens
         assert isinstance(micro, int)
-        return Validation(self.validation, micro, packed)
+        tokens = evaluation_tokens(micro, device().type == "cuda")
+        return Validation(self.validation, tokens, packed)
 
 
 def open_session(recipe: Recipe, dataset: Dataset, loaded: Loaded | None = None) -> Session:
@@ -333,14 +336,16 @@ def predicted_seconds(session: Session) -> float:
 
 
 def _probe_batch(session: Session) -> Batch:
-    """About a thousand tokens of the first training step: enough to keep every thread busy."""
-    assert isinstance(session.recipe.train.micro_batch_tokens, int)
+    """A micro-batch of the first training rows, or about a thousand tokens of it."""
+    micro = session.recipe.train.micro_batch_tokens
+    assert isinstance(micro, int)
+    most = min(PROBE_TOKENS, micro)
     rows: list[Tokens] = []
     for row in session.training:
         rows.append(row)
-        if sum(map(len, rows)) >= PROBE_TOKENS:
+        if sum(map(len, rows)) >= most:
             break
-    return micro_batches(rows, max(PROBE_TOKENS, max(map(len, rows))), packed=True)[0]
+    return micro_batches(rows, max(most, max(map(len, rows))), packed=True)[0]
 
 
 def _seconds(session: Session, batch: Batch) -> float:

@@ -227,10 +227,13 @@ def _kept(run: Run, step: int, base: Mapping[str, Retained]) -> dict[str, Any]:
     }
 
 
-def export_model(session: Session, run: Run, packed: bool) -> dict[str, Any] | None:
+def export_model(
+    session: Session, run: Run, packed: bool, loss: float | None = None
+) -> dict[str, Any] | None:
     """Write export/: the adapter (and the merged model, measured), or the fully tuned model.
 
-    Returns what run.json keeps under `merge`; None when nothing was merged.
+    `loss` is the held-out loss of the model as it is; None = to be measured. Returns what run.json
+    keeps under `merge`; None when nothing was merged.
 
     Raises:
         TrainingError: merging changed the held-out loss by more than train.merge_tolerance.
@@ -256,7 +259,7 @@ def export_model(session: Session, run: Run, packed: bool) -> dict[str, Any] | N
             loaded.tokenizer,
             session.renderer.stop_ids,
         )
-        drift = measure_drift(session, export.open_merged(folder, loaded.dtype), packed)
+        drift = measure_drift(session, export.open_merged(folder, loaded.dtype), packed, loss)
         if drift["refused"]:
             run.update(merge=drift)
             raise TrainingError(
@@ -268,11 +271,17 @@ def export_model(session: Session, run: Run, packed: bool) -> dict[str, Any] | N
     return drift
 
 
-def measure_drift(session: Session, merged: Any, packed: bool) -> dict[str, Any]:
-    """Compare a merged model with the adapted one: held-out loss and logits on validation rows."""
+def measure_drift(
+    session: Session, merged: Any, packed: bool, before: float | None = None
+) -> dict[str, Any]:
+    """Compare a merged model with the adapted one: held-out loss and logits on validation rows.
+
+    `before` is the held-out loss of the adapted one, None = to be measured.
+    """
     validation = session.held_out(packed)
     with session.attention():
-        before = validation(session.model, session.objective).loss
+        if before is None:
+            before = validation(session.model, session.objective).loss
         logits = _logits(session, session.model)
     limit = session.recipe.train.attention_bucket_tokens
     with training_attention(merged, None if limit == "auto" else limit):
