@@ -5,18 +5,24 @@ the tensors that a graph would read, which shows that everything a micro-batch d
 there, and that padding to common sizes changes nothing.
 """
 
+import functools
+import gc
+import sys
+import weakref
+
 import pytest
 import torch
 
 from postgrad.config import LoraConfig
 from postgrad.data.batches import micro_batches
-from postgrad.model import attention
+from postgrad.errors import ModelError
+from postgrad.model import attention, attention_cuda
 from postgrad.model.attention_cuda import varlen_attention
 from postgrad.train import graphs as module
 from postgrad.train.graphs import Graphs, power_of_two, tensors
 from postgrad.train.preflight.device import graphs_match
 from postgrad.train.preflight.measured import TOLERANCES
-from postgrad.train.sft import SupervisedFineTuning
+from postgrad.train.sft import Room, SupervisedFineTuning
 from postgrad.types import LossSum
 from training import load_model, make_rows, make_training, timeless, weights_of
 
@@ -201,6 +207,40 @@ def test_rows_of_equal_documents_keep_their_own_layout():
     rows = make_rows(4, shortest=64, longest=64)
     room = Graphs(64, 256).room(micro_batches(rows, 256, packed=True)[0])
     assert (room.dense, room.tokens, room.documents) == (True, 256, 4)
+
+
+def test_what_a_graph_of_equal_documents_reads_lives_as_long(tiny_model_dir, recorder, monkeypatch):
+    """Its memory would be given to others, and read by every replay, if only a cache held it."""
+    read, kernel = [], flash
+
+    @functools.wraps(kernel)
+    def watched(query, key, value, cu_seq_q, *rest, **more):
+        read.append(weakref.ref(cu_seq_q))
+        return kernel(query, key, value, cu_seq_q, *rest, **more)
+
+    monkeypatch.setattr(sys.modules[__name__], "flash", watched)
+    model, graphs = load_model(tiny_model_dir), Graphs(64, 256)
+    batch = micro_batches(make_rows(4, shortest=64, longest=64), 256, packed=True)[0]
+    assert graphs.room(batch).dense
+    with attention.training_attention(model):
+        for _ in range(module.SEEN):
+            graphs(model, SupervisedFineTuning(), batch, batch.supervised)
+        assert len(recorder) == 1
+        read.clear()
+        recorder[0]()
+    attention_cuda._ends.cache_clear()
+    gc.collect()
+    assert [ref() is not None for ref in read] == [True] * len(read) != []
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_capped_scores_are_not_computed_from_ends_on_the_device(dense):
+    """They are bucketed by lengths, which are made up here."""
+    lengths = (32, 32) if dense else (40, 24)
+    layout = Room(64, 2 if dense else 8, 32, 32, dense).layout(lengths, torch.device("cpu"))
+    q, k, v = (torch.randn(1, 2, 64, 8) for _ in range(3))
+    with pytest.raises(ModelError, match="ends are on the device"):
+        attention.packed_attention(None, q, k, v, None, softcap=1.0, layout=layout)
 
 
 @pytest.mark.parametrize(("number", "expected"), [(1, 1), (2, 2), (3, 4), (1024, 1024)])

@@ -130,21 +130,21 @@ def _realise(
     Documents up to `limit` tokens are bucketed (none on a GPU), longer ones go to the flash kernel.
     Capped scores are bucketed at any length; dropout is left to torch.
     """
-    if softcap is not None:
-        if dropout:
-            raise _unsupported("the model drops out capped attention scores (attention_dropout)")
-        return bucketed_attention(q, k, v, layout, layout.tokens, scale, softcap)
-    if q.is_cuda and not dropout and not layout.shared_prefix:
+    if softcap is not None and dropout:
+        raise _unsupported("the model drops out capped attention scores (attention_dropout)")
+    if q.is_cuda and softcap is None and not dropout and not layout.shared_prefix:
         if dense_pays(q, layout):
             return dense_attention(q, k, v, layout, scale)
         if (kernel := varlen_kernel(q, layout)) is not None:
             return varlen_attention(kernel, q, k, v, layout, scale)
-    if layout.ends is not None:  # then its lengths are not those of the documents
+    if layout.ends is not None:  # what follows reads lengths, and keeps what it makes of them
         raise ModelError(
             "documents whose ends are on the device need the flash kernel for documents of any "
             "length, which does not take these queries",
             "set train.cuda_graphs to false",
         )
+    if softcap is not None:
+        return bucketed_attention(q, k, v, layout, layout.tokens, scale, softcap)
     if layout.window is not None:
         limit = min(limit, max(WINDOW_BUCKETS, 2 * layout.window))
     if dropout or q.device.type != "cpu" or min(layout.spans) > limit:

@@ -83,7 +83,7 @@ def dense_pays(q: Tensor, layout: Layout) -> bool:
     """Whether cuDNN's kernel takes these documents and is the faster one: queries [T, H, D]."""
     length = layout.lengths[0]
     return (
-        layout.ends is None
+        (layout.ends is None or layout.fixed)
         and layout.window is None
         and length >= DENSE_LEAST
         and layout.lengths == (length,) * len(layout.lengths)

@@ -33,6 +33,8 @@ class Layout:
     """[D + 1] int32, 0 and where each document ends, on the device: read there in place of
     `lengths`, so that a recorded graph (train/graphs.py) serves other documents. `lengths` then
     only says T and the longest. The last documents may be empty."""
+    fixed: bool = False
+    """Whether `lengths` are those of the documents although there are `ends`."""
 
     def __post_init__(self) -> None:
         """Leave out a window that hides nothing."""

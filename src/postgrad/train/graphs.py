@@ -195,8 +195,7 @@ def fill(target: Positions, source: Positions) -> None:
 def tensors(at: Positions) -> Sequence[Tensor]:
     """Return all that depends on the micro-batch."""
     ends = at.inputs["layout"].ends
-    found = [at.inputs["input_ids"], at.inputs["position_ids"], at.flat, at.labels, at.weights]
-    return found if ends is None else [*found, ends]
+    return at.inputs["input_ids"], at.inputs["position_ids"], at.flat, at.labels, at.weights, ends
 
 
 def power_of_two(number: int) -> int:

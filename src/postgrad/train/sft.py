@@ -135,12 +135,14 @@ class Room:
     positions: int
     """N, supervised positions."""
     dense: bool = False
-    """All documents are equally long and fill the row: they keep their own layout."""
+    """All documents are equally long and fill the row: their lengths are always the same."""
 
     def layout(self, lengths: Sequence[int], device: torch.device) -> Layout:
         """Return a layout whose documents are read on the device; `lengths` add up to T."""
         ends = np.full(self.documents + 1, self.tokens, np.int32)
         ends[: len(lengths) + 1] = np.cumsum((0, *lengths))
+        if self.dense:
+            return Layout(tuple(lengths), ends=on_device(ends, device), fixed=True)
         longest = min(self.longest, self.tokens)
         whole, rest = divmod(self.tokens, longest)
         said = (longest,) * whole + ((rest,) if rest else ())
@@ -340,7 +342,7 @@ def model_inputs(
     }
     lengths = lengths if batch.packed else (length,) * rows
     inputs["layout"] = Layout(lengths, shared_prefix=prefix > 0)
-    if room is not None and not room.dense:
+    if room is not None:
         inputs["layout"] = room.layout(lengths, device)
     return inputs, place
 
