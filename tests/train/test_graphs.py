@@ -18,6 +18,7 @@ from postgrad.data.batches import micro_batches
 from postgrad.errors import ModelError
 from postgrad.model import attention, attention_cuda
 from postgrad.model.attention_cuda import varlen_attention
+from postgrad.model.lora import lora_layers
 from postgrad.train import graphs as module
 from postgrad.train.graphs import Graphs, power_of_two, tensors
 from postgrad.train.preflight.device import graphs_match
@@ -125,6 +126,54 @@ def test_a_graph_that_leaves_no_room_for_another_pass_is_given_up(
     assert graphs.recorded == {}
 
 
+def equal_documents():
+    return micro_batches(make_rows(4, shortest=64, longest=64), 256, packed=True)[0]
+
+
+def test_nothing_is_recorded_before_the_optimizer_has_its_memory(tiny_model_dir, recorder):
+    model, graphs, batch = load_model(tiny_model_dir), Graphs(64, 256), equal_documents()
+    with attention.training_attention(model):
+        for _ in range(2 * module.SEEN):
+            graphs(model, SupervisedFineTuning(), batch, batch.supervised)
+        assert recorder == []
+        model.zero_grad(set_to_none=True)
+        graphs(model, SupervisedFineTuning(), batch, batch.supervised)
+    assert len(recorder) == 1
+
+
+def test_a_gradient_that_comes_late_stays_where_it_is_too(tiny_model_dir, recorder):
+    model, graphs = load_model(tiny_model_dir, LoraConfig(r=4)), Graphs(64, 256)
+    batch, late = equal_documents(), next(iter(lora_layers(model).values()))
+    kept = []  # alive, so that no other gradient gets their memory
+    with attention.training_attention(model):
+        for number in range(module.SEEN + 2):
+            late.enabled = number > 0
+            model.zero_grad(set_to_none=True)
+            graphs(model, SupervisedFineTuning(), batch, batch.supervised)
+            kept.append(late.lora_A.grad)
+    assert len(recorder) == 1
+    assert graphs.replayed > 0
+    assert kept[0] is None
+    assert len({grad.data_ptr() for grad in kept[1:]}) == 1
+
+
+def test_who_gives_up_recording_keeps_no_gradients(tiny_model_dir, recorder, monkeypatch):
+    def refused(passes, pool):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(module, "capture", refused)
+    model, graphs, batch = load_model(tiny_model_dir), Graphs(64, 256), equal_documents()
+    with attention.training_attention(model):
+        for _ in range(module.SEEN):
+            model.zero_grad(set_to_none=True)
+            graphs(model, SupervisedFineTuning(), batch, batch.supervised)
+    assert graphs.reason == "no"
+    kept = [weakref.ref(p.grad) for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    gc.collect()
+    assert [ref() for ref in kept] == [None] * len(kept)
+
+
 def test_without_a_kernel_that_reads_the_ends_nothing_is_recorded(
     tiny_model_dir, tmp_path, monkeypatch
 ):
@@ -219,11 +268,11 @@ def test_what_a_graph_of_equal_documents_reads_lives_as_long(tiny_model_dir, rec
         return kernel(query, key, value, cu_seq_q, *rest, **more)
 
     monkeypatch.setattr(sys.modules[__name__], "flash", watched)
-    model, graphs = load_model(tiny_model_dir), Graphs(64, 256)
-    batch = micro_batches(make_rows(4, shortest=64, longest=64), 256, packed=True)[0]
+    model, graphs, batch = load_model(tiny_model_dir), Graphs(64, 256), equal_documents()
     assert graphs.room(batch).dense
     with attention.training_attention(model):
         for _ in range(module.SEEN):
+            model.zero_grad(set_to_none=True)
             graphs(model, SupervisedFineTuning(), batch, batch.supervised)
         assert len(recorder) == 1
         read.clear()

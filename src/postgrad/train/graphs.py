@@ -26,7 +26,8 @@ from postgrad.types import Batch, LossSum
 MOST = 24
 """Graphs that are kept; other sizes run operation by operation."""
 SEEN = 2
-"""A size is recorded when it comes for this time: one that comes once is not worth it."""
+"""A size is recorded when it has come so often, after the first optimizer step: one that comes once
+is not worth it."""
 SHARE = 16
 """Rows are padded to a multiple of about this share of a full micro-batch."""
 LEAST_TOKENS, LEAST_POSITIONS, LEAST_DOCUMENTS = 64, 32, 8
@@ -63,6 +64,8 @@ class Graphs:
         """Why nothing is recorded any more."""
         self._seen: Counter[Room] = Counter()
         self._gradients: dict[nn.Parameter, Tensor] = {}
+        self._stepped = False
+        """Whether an optimizer step was taken: before, its state has not claimed its memory."""
         self._pool: Any = None
 
     def __call__(
@@ -86,14 +89,19 @@ class Graphs:
         try:
             loss = at_once(model, objective, at, batch.supervised, weight)
         except ModelError as error:
-            self.reason = str(error).partition("\n")[0]
+            self._give_up(error)
             return one_backward(model, objective, batch, weight)
-        if not self._gradients:
-            self._gradients = {p: p.grad for p in trainable(model).values() if p.grad is not None}
+        # what a graph writes to must stay: also the gradient of a weight that had none before
+        self._gradients |= {p: p.grad for p in trainable(model).values() if p.grad is not None}
         self._seen[room] += 1
-        if self._seen[room] == SEEN and len(self.recorded) < MOST:
+        if self._stepped and self._seen[room] >= SEEN and len(self.recorded) < MOST:
             self._record(model, objective, room, at)
         return loss
+
+    def _give_up(self, error: Exception) -> None:
+        """Go on operation by operation, and keep no memory for gradients."""
+        self.reason = str(error).partition("\n")[0]
+        self._gradients.clear()
 
     def counts(self) -> dict[str, int]:
         """Return how many graphs there are, and how many micro-batches ran in which way."""
@@ -124,6 +132,7 @@ class Graphs:
             torch._foreach_zero_(list(self._gradients.values()))
             for parameter, gradient in self._gradients.items():
                 parameter.grad = gradient
+            self._stepped = True
 
     def _record(
         self, model: Any, objective: SupervisedFineTuning, room: Room, at: Positions
@@ -141,7 +150,7 @@ class Graphs:
         except RuntimeError as error:
             self.recorded.clear()
             self._pool = None
-            self.reason = str(error).partition("\n")[0]
+            self._give_up(error)
             return
         self.recorded[room] = Recorded(replay, at, divisor, loss)
 
