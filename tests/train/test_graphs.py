@@ -208,6 +208,19 @@ def test_a_replay_is_compared_on_the_rows_before_training(tiny_model_dir, record
         checked(model)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_what_is_compared_computes_as_a_step_does(tiny_model_dir, recorder, monkeypatch, dropout):
+    """In training mode (float8 is used only there) unless something would be drawn at random."""
+    model, modes = load_model(tiny_model_dir, LoraConfig(r=4, lora_dropout=dropout)).eval(), []
+    capture = module.capture
+    monkeypatch.setattr(module, "capture", lambda *a: modes.append(model.training) or capture(*a))
+    rows = make_rows(4, seed=5)
+    found = graphs_match(model, SupervisedFineTuning(), rows, TOLERANCES[torch.float32])
+    assert found.passed
+    assert modes == [not dropout]
+    assert not model.training
+
+
 def without(at, left):
     dropped = at.inputs["layout"].ends if left == "ends" else at.labels
     return [tensor for tensor in tensors(at) if tensor is not dropped]

@@ -18,7 +18,7 @@ from postgrad.train.preflight.measured import (
     objective_losses,
     taken,
 )
-from postgrad.train.sft import SupervisedFineTuning
+from postgrad.train.sft import SupervisedFineTuning, noise_of
 from postgrad.types import Check, Tokens
 
 FP8 = Tolerance(loss=5e-2, norm=2e-1, gradient=5e-1)
@@ -55,11 +55,13 @@ def graphs_match(
     if graphs.room(other) != graphs.room(batch):
         other = batch
     with training_attention(model):
+        model.train(not noise_of(model))  # as a step computes, float8 too, but nothing at random
         plain = measure(model, iter([objective(model, batch).total]), rows)
         for each in (*[other] * SEEN, batch):
             model.zero_grad(set_to_none=True)
             loss = graphs(model, objective, each, weight)
         replayed = taken(model, float(loss.total), weight)
+        model.eval()
     name = "graphs-match"
     if not graphs.replayed:
         return Check(name, True, f"not recorded, so not used: {graphs.reason}")
