@@ -112,6 +112,8 @@ def test_on_a_cpu_nothing_is_compiled_for_a_device(tiny_model_dir, tmp_path, mon
     assert session.recipe.train.cuda_graphs is False
     with pytest.raises(TrainingError, match="cuda_graphs is true, but there is no CUDA device"):
         prepare(tiny_model_dir, tmp_path / "again", cuda_graphs=True)
+    with pytest.raises(TrainingError, match=r"cuda_graphs is true, but train\.packing is off"):
+        prepare(tiny_model_dir, tmp_path / "again", cuda_graphs=True, packing="off")
 
 
 def test_float8_is_refused_where_it_cannot_be_had(tiny_model_dir, tmp_path, monkeypatch):

@@ -265,11 +265,16 @@ def _compiling(session: Session) -> bool:
 
 def _graphs(train: TrainConfig) -> bool:
     """Whether micro-batches are recorded as graphs; recomputing reads the state of a generator."""
-    on_cuda, choice = device().type == "cuda", train.cuda_graphs
-    if choice is True and (not on_cuda or train.gradient_checkpointing):
-        reason = "activations are recomputed" if on_cuda else "there is no CUDA device here"
+    reason = ""
+    if train.packing == "off":
+        reason = "train.packing is off, and only packed rows are recorded"
+    elif device().type != "cuda":
+        reason = "there is no CUDA device here"
+    elif train.gradient_checkpointing:
+        reason = "activations are recomputed"
+    if train.cuda_graphs is True and reason:
         raise TrainingError(f"train.cuda_graphs is true, but {reason}", "set it to auto or false")
-    return bool(choice) and on_cuda and not train.gradient_checkpointing
+    return bool(train.cuda_graphs) and not reason
 
 
 def _with_attention(session: Session) -> Session:

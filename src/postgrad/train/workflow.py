@@ -205,7 +205,7 @@ def _facts(
         "micro_batch_tokens": train.micro_batch_tokens,
         "gradient_checkpointing": train.gradient_checkpointing,
         "torch_compile": train.torch_compile,
-        "cuda_graphs": train.cuda_graphs,
+        "cuda_graphs": bool(train.cuda_graphs) and packed,
         "fp8": train.fp8,
         "threads": train.threads,
         "attention_bucket_tokens": train.attention_bucket_tokens,
