@@ -118,7 +118,7 @@ def test_what_cannot_be_recorded_runs_operation_by_operation(
 def test_a_graph_that_leaves_no_room_for_another_pass_is_given_up(
     tiny_model_dir, tmp_path, recorder, monkeypatch
 ):
-    free = iter([100, 30, 30, 100, 30, 30])
+    free = iter([100, 52, 100, 52])
     monkeypatch.setattr(module, "free_bytes", lambda: next(free))
     graphs = Graphs(LONGEST, CAPACITY)
     trained(tiny_model_dir, tmp_path / "run", graphs)

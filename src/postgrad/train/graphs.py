@@ -28,6 +28,9 @@ MOST = 24
 SEEN = 2
 """A size is recorded when it has come so often, after the first optimizer step: one that comes once
 is not worth it."""
+ROOM = 1.1
+"""Times the memory of a graph that must be free beside it: another size may come, which runs
+operation by operation."""
 SHARE = 16
 """Rows are padded to a multiple of about this share of a full micro-batch."""
 LEAST_TOKENS, LEAST_POSITIONS, LEAST_DOCUMENTS = 64, 32, 8
@@ -145,7 +148,8 @@ class Graphs:
                 self._pool = torch.cuda.graph_pool_handle()
             free = free_bytes()
             replay, loss = capture(passes, self._pool)
-            if free_bytes() < free - free_bytes():
+            left = free_bytes()
+            if left < ROOM * (free - left):
                 raise torch.OutOfMemoryError("another size would not fit beside the graph")
         except RuntimeError as error:
             self.recorded.clear()
@@ -174,7 +178,10 @@ def at_once(
 
 def capture(passes: Callable[[], LossSum], pool: Any) -> tuple[Callable[[], None], LossSum]:
     """Record what `passes` does, without doing it; returns what does it, and where results are."""
-    graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[0]
+    graph, generator = (
+        torch.cuda.CUDAGraph(),
+        torch.cuda.default_generators[torch.cuda.current_device()],
+    )
     before = generator.get_state()
     try:
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
