@@ -253,6 +253,17 @@ def test_a_padded_row_has_the_loss_of_the_row(tiny_model_dir, seed, recorder):
     assert float(padded.total) == pytest.approx(float(plain.total), rel=1e-5)
 
 
+def test_graphs_for_fewer_documents_make_room_for_those_of_more(tiny_model_dir, recorder):
+    model, graphs = load_model(tiny_model_dir), Graphs(LONGEST, 1000)
+    few, many = (micro_batches(make_rows(n, seed=n), 1000, packed=True)[0] for n in (4, 20))
+    with attention.training_attention(model):
+        for batch in (few, few, few, many, many):
+            model.zero_grad(set_to_none=True)
+            graphs(model, SupervisedFineTuning(), batch, batch.supervised)
+    assert len(recorder) == 2
+    assert [room.documents for room in graphs.recorded] == [32]
+
+
 def test_sizes_are_few_and_hold_every_batch():
     graphs, rooms = Graphs(LONGEST, 2720), set()
     for seed in range(40):

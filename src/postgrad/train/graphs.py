@@ -126,7 +126,11 @@ class Graphs:
         positions = -(-supervised // step) * step
         if row == tokens and len(set(lengths)) == 1:
             return Room(tokens, len(lengths), lengths[0], positions, dense=True)
-        self.documents = max(self.documents, power_of_two(len(lengths) + 1))
+        documents = power_of_two(len(lengths) + 1)
+        if documents > self.documents:
+            self.documents = documents
+            # graphs for fewer documents are not asked for again
+            self.recorded = {room: of for room, of in self.recorded.items() if room.dense}
         return Room(row, self.documents, self.longest, positions)
 
     def _attach(self) -> None:

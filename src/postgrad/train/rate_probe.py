@@ -22,6 +22,7 @@ from postgrad.train.plan import PROBE_FACTORS, auto_learning_rate, choose_rate, 
 from postgrad.train.schedule import learning_rate
 from postgrad.train.session import Session
 from postgrad.train.stopping import HeldOut, StoppingState, observe
+from postgrad.train.workflow import open_graphs
 
 FOLDER = "learning-rate"
 """Of the tries, inside the run."""
@@ -120,6 +121,7 @@ def _try(
             stopper=lambda state, step, held: observe(state, step, held, patience=None),
             start=Progress(stopping=StoppingState(0, untrained.loss, untrained)),
             display=display,
+            backward=open_graphs(session, packed),
         )
     finally:
         shutil.rmtree(inside.checkpoints, ignore_errors=True)
