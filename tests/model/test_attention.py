@@ -343,6 +343,8 @@ def test_a_packed_row_gives_each_document_the_logits_it_has_alone(model, lengths
         together.square().sum().backward()
     ours = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
+    if getattr(model.config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # some releases of Transformers take sdpa, uncapped
     alone = torch.cat([model(ids).logits for ids in documents], 1)
     alone.square().sum().backward()
     torch.testing.assert_close(together, alone, atol=2e-4, rtol=1e-4)

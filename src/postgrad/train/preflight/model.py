@@ -373,8 +373,11 @@ def shared_prefix_matches(
 @contextmanager
 def _transformers_code(model: Any) -> Iterator[None]:
     before = model.config._attn_implementation
-    if is_ours(model):  # Gemma 2 has no sdpa: it caps its scores
-        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    if is_ours(model):
+        # sdpa knows no capped scores (Gemma 2); some releases of Transformers take it all the same
+        capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+        plain = model._supports_sdpa and capped is None
+        model.set_attn_implementation("sdpa" if plain else "eager")
     try:
         with own_layers(model):
             yield
