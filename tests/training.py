@@ -158,6 +158,14 @@ def make_training(
     )
 
 
+WORDS_TASK = """
+name: words
+file: words.jsonl
+prompt: "Which word is number {n}?"
+choices: options
+answer: gold
+"""
+"""A benchmark of one's own, whose items lie in words.jsonl."""
 WORDS = ("yes", "no", "maybe", "number", "answer", "question", "user", "system")
 
 

@@ -26,19 +26,12 @@ from postgrad.report.model_card import card
 from postgrad.run import Run, read_json, verify_checksums
 from postgrad.strict_yaml import parse_yaml
 from postgrad.types import Score, Split
-from training import WORDS, write_rows
+from training import WORDS, WORDS_TASK, write_rows
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # PEFT on Transformers 5
 )
-TASK = """
-name: words
-file: words.jsonl
-prompt: "Which word is number {n}?"
-choices: options
-answer: gold
-"""
 POINTS = ["base", "lambda-0.25", "lambda-0.5", "tuned", "lambda-1.5"]
 IDS = torch.randint(3, 256, (2, 17), generator=torch.Generator().manual_seed(1))
 
@@ -52,7 +45,7 @@ def write_recipe(folder, model, adapt=None, train=(), **evaluate):
     ]
     text = "".join(json.dumps(item) + "\n" for item in items)
     (folder / "words.jsonl").write_text(text, encoding="utf-8")
-    (folder / "words.yaml").write_text(TASK, encoding="utf-8")
+    (folder / "words.yaml").write_text(WORDS_TASK, encoding="utf-8")
     dial = {"lambdas": [1.5, 0.5, 0.25], "checkpoints": 2, "rows": 30, "margin": 100}
     tree = {
         "name": "tiny",

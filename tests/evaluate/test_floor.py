@@ -17,19 +17,12 @@ from postgrad.evaluate.retention import score_continuations
 from postgrad.report.collect import collect
 from postgrad.run import Run, read_json
 from postgrad.train import fit as fit_module
-from training import WORDS, events, load_model, timeless, write_rows
+from training import WORDS, WORDS_TASK, events, load_model, timeless, write_rows
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # PEFT on Transformers 5
 )
-TASK = """
-name: words
-file: words.jsonl
-prompt: "Which word is number {n}?"
-choices: options
-answer: gold
-"""
 ITEMS = 200
 
 
@@ -39,7 +32,7 @@ def write_benchmark(folder, model_dir):
         {"n": 7919 * n, "options": [WORDS[(n + i) % 8] for i in range(4)], "gold": 0}
         for n in range(ITEMS)
     ]
-    (folder / "words.yaml").write_text(TASK, encoding="utf-8")
+    (folder / "words.yaml").write_text(WORDS_TASK, encoding="utf-8")
 
     def write():
         text = "".join(json.dumps(item) + "\n" for item in items)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from postgrad import estimate
 from postgrad.config import LoraConfig
 from postgrad.model import compiled, fp8, lora
 from postgrad.model.fp8 import Fp8Weight, Inputs, quantised
@@ -39,6 +40,10 @@ def test_rows_come_back_within_the_rounding_whatever_their_size():
     assert (found.values.float().abs().amax(1) == fp8.LARGEST).all()
     for row, wanted in zip(plain(found), x, strict=True):
         assert error(row, wanted) < ROUNDING
+
+
+def test_the_estimate_counts_the_layers_that_are_quantised():
+    assert estimate.FP8_MULTIPLE == fp8.MULTIPLE
 
 
 def test_a_row_of_zeros_stays_one():

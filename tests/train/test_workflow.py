@@ -17,7 +17,9 @@ from postgrad.model.attention_probe import CERTAIN, AttentionProbe
 from postgrad.progress import SilentDisplay
 from postgrad.run import create_run, verify_checksums
 from postgrad.train import session as session_module
+from postgrad.train import workflow
 from postgrad.train.checkpoint import resume
+from postgrad.train.graphs import Graphs
 from postgrad.train.held_out import Validation
 from postgrad.train.plan import evaluation_tokens
 from postgrad.train.session import open_session
@@ -161,6 +163,22 @@ def test_steps_in_float8_and_everything_else_in_bf16(
         plain = session.held_out(True)(session.model, session.objective).loss
     assert limit != "auto"
     assert plain == facts["restored_loss"]
+
+
+def test_a_training_says_why_it_could_not_use_graphs(tiny_model_dir, tmp_path, monkeypatch):
+    """On a CPU there is no kernel that reads the ends of documents from the device."""
+    notes = []
+
+    class Noted(SilentDisplay):
+        def note(self, text):
+            notes.append(text)
+
+    monkeypatch.setattr(workflow, "open_graphs", lambda session, packed: Graphs(512, 512))
+    session, run = prepare(tiny_model_dir, tmp_path)
+    train_model(session, run, True, Noted())
+    [event] = events(run, "cuda-graphs")
+    assert (event["recorded"], event["replayed"]) == (0, 0)
+    assert any(n.endswith(event["reason"]) and "not as graphs" in n for n in notes)
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(10.0, False), (36_000.0, True)])

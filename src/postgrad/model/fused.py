@@ -229,7 +229,8 @@ def fused_layers(model: Any) -> Iterator[Counter[str]]:
     """Run the model's norms, activations and rotary embeddings fused inside the block.
 
     Yields how many of each were replaced. A layer is replaced only if its own forward and the fused
-    one agree on made numbers; that is tried once for each class of layer.
+    one agree on made numbers; that is tried once for each class of layer. Adapters that read the
+    same input are joined without a trial (lora_joint.py): their layers are our own.
     """
     forwards = {} if any(_overrides(model)) else _replacements(model)
     home, own = _rotation(model)

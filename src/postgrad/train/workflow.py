@@ -112,6 +112,10 @@ def train_model(
         restored = restore_best(session, run, validation, progress)
     if graphs is not None:
         run.event("cuda-graphs", **graphs.counts(), reason=graphs.reason)
+        if graphs.reason:
+            display.note(
+                f"micro-batches ran operation by operation, not as graphs: {graphs.reason}"
+            )
     facts = _facts(session, run, progress, restored, memory.bytes, len(stream), packed)
     return facts | ({"retention": _kept(run, facts["best_step"], watched)} if watched else {})
 
