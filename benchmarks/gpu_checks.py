@@ -149,7 +149,7 @@ def loss_curves(
         "device-bf16": ("bf16", {"torch_compile": compiling}),
     }
     if can_fp8:
-        wanted["device-fp8"] = ("bf16", {"torch_compile": compiling, "fp8": "true"})
+        wanted["device-fp8"] = ("bf16", {"torch_compile": compiling, "base_precision": "fp8"})
     if reference is None:
         cpu = cpu_curves(bench, model)
     else:

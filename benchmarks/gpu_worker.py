@@ -56,7 +56,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     model = random_model(Path(spec["model"]), torch.bfloat16)
     lora.add_lora(model, LoraConfig(), seed=7)
     if spec.get("fp8"):
-        lora.use_fp8(model)
+        lora.use_eight_bit(model, "fp8")
     rows = make_rows(spec["kind"], spec["rows"], model.config.vocab_size)
     recipe = parse_recipe(
         {"name": "gpu", "model": {"base": spec["model"]}, "data": {"train": "rows.jsonl"}}

@@ -286,17 +286,24 @@ def test_protection_that_cannot_be_obeyed_is_refused(override, message):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.adapt.kind=full", r"train\.fp8 needs LoRA"),
-        ("model.precision=fp32", r"train\.fp8 stands in for bf16, but model\.precision is fp32"),
-        ("train.kl_weight=0.5", r"train\.fp8 and train\.kl_weight exclude each other"),
-        ("train.fp8=e4m3", r"train\.fp8 must be true or false"),
+        ("model.adapt.kind=full", r"train\.base_precision is {}, which needs LoRA"),
+        ("model.precision=fp32", r"is {}, which contradicts model\.precision: fp32"),
+        ("train.kl_weight=0.5", r"is {}, which excludes train\.kl_weight"),
     ],
 )
-def test_float8_that_cannot_be_had_on_any_machine_is_refused(override, message):
-    assert parse_recipe(apply_overrides(TREE, ["train.fp8=true"])).train.fp8
-    assert not parse_recipe(TREE).train.fp8
-    with pytest.raises(ConfigError, match=message):
-        parse_recipe(apply_overrides(TREE, ["train.fp8=true", override]))
+@pytest.mark.parametrize("choice", ["int8", "fp8"])
+def test_products_in_8_bits_that_cannot_be_had_on_any_machine_are_refused(
+    choice, override, message
+):
+    chosen = f"train.base_precision={choice}"
+    assert parse_recipe(apply_overrides(TREE, [chosen])).train.base_precision == choice
+    with pytest.raises(ConfigError, match=message.format(choice)):
+        parse_recipe(apply_overrides(TREE, [chosen, override]))
+    for other in ("auto", "model"):
+        tree = apply_overrides(TREE, [f"train.base_precision={other}", override])
+        assert parse_recipe(tree).train.base_precision == other
+    with pytest.raises(ConfigError, match=r"train\.base_precision must be .*e4m3"):
+        parse_recipe(apply_overrides(TREE, ["train.base_precision=e4m3"]))
 
 
 def test_a_retention_floor_is_said_like_a_gate():

@@ -30,9 +30,10 @@ def test_the_sizes_of_a_real_model_are_exact():
     assert shape.parameters == 134_515_008
     assert shape.linear_weights == 106_168_320
     assert shape.adapter_parameters(16) == 4_884_480
-    assert shape.fp8_weights() == shape.linear_weights
-    assert shape.fp8_weights(("q_proj",)) == 30 * 576 * 576
-    assert SMALL.fp8_weights() == 0
+    assert shape.eight_bit_bytes("int8") == shape.linear_weights
+    assert shape.eight_bit_bytes("fp8") == 2 * shape.linear_weights
+    assert shape.eight_bit_bytes("fp8", ("q_proj",)) == 30 * 576 * 576 * 2
+    assert SMALL.eight_bit_bytes("fp8") == SMALL.eight_bit_bytes("int8") == 0
     attention = shape.adapter_parameters(16, ("q_proj", "model.layers.v_proj"))
     assert attention == 30 * 16 * (576 + 576 + 192 + 576)
 
@@ -103,10 +104,10 @@ def test_memory_by_hand():
     assert found["activations_bytes"] == 10 * 2 * layer * 2
     assert found["logits_bytes"] == 3 * 10 * 8
     assert found["peak_bytes"] == sum(v for name, v in found.items() if name != "peak_bytes")
-    assert found["fp8_copies_bytes"] == 0
-    copies = Method(100, full=False, compute_bytes=2, fp8_weights=200)
+    assert found["eight_bit_copies_bytes"] == 0
+    copies = Method(100, full=False, compute_bytes=2, eight_bit_bytes=400)
     with_copies = memory(SMALL, copies, Amount(10, 3, 0), parameters=500, on_gpu=False)
-    assert with_copies["fp8_copies_bytes"] == 400
+    assert with_copies["eight_bit_copies_bytes"] == 400
     assert with_copies["peak_bytes"] == found["peak_bytes"] + 400
     full = Method(500, full=True, compute_bytes=2)
     whole = memory(SMALL, full, Amount(10, 5000, 0), parameters=500, on_gpu=True)

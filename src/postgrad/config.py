@@ -186,10 +186,12 @@ class TrainConfig(Section):
     """Validation rows used for the held-out loss (a seeded sample); null = all. auto = a twentieth
     of the rows trained on in the whole run, at least 200 and at most 2,000, so that ten evaluations
     take about a sixth of the training time."""
-    fp8: bool = False
-    """While training with LoRA, multiply with the frozen weights in float8 (e4m3, a scale a row;
-    arXiv 2209.05433); evaluation and what is served stay in bf16. Faster for models of several
-    billion parameters. Two bytes a frozen weight more; a GPU of Ada, Hopper or later; no fp32."""
+    base_precision: Literal["auto", "model", "int8", "fp8"] = "auto"
+    """What LoRA training multiplies the frozen weights in; evaluation and what is served stay in
+    model.precision. int8 = on a CPU, a scale a row (arXiv 2208.07339); fp8 = on a GPU of Ada,
+    Hopper or later, float8 (e4m3, arXiv 2209.05433), faster for models of several billion
+    parameters; model = model.precision. auto = int8 on a CPU where a trial shows it faster and
+    pre-flight shows loss and gradient near, else model. One byte (fp8: two) a frozen weight."""
     early_stopping: EarlyStoppingConfig | None = EarlyStoppingConfig()
     """When to stop early; null = train to the end. The best weights are restored either way."""
     kl_probe: Auto | Source | None = "auto"
@@ -369,7 +371,7 @@ class Recipe(Section):
                 "train.kl_weight needs LoRA, whose base is the adapter switched off; full tuning "
                 "would have to keep a second model"
             )
-        _check_fp8(train, self.model)
+        _check_base_precision(train, self.model)
         if (
             data.replay is None
             and data.replay_share != DataConfig.model_fields["replay_share"].default
@@ -422,17 +424,22 @@ def _check_dial(dial: DialConfig, retention: Sequence[str], kept: int) -> None:
         raise ValueError(problem)
 
 
-def _check_fp8(train: TrainConfig, model: ModelConfig) -> None:
-    """Raise ValueError where float8 products could not be had, whatever the machine."""
-    problem = ""
+def _check_base_precision(train: TrainConfig, model: ModelConfig) -> None:
+    """Raise ValueError where products in 8 bits could not be had, whatever the machine."""
+    problem = why_not_eight_bit(train, model)
+    if train.base_precision in ("int8", "fp8") and problem:
+        raise ValueError(f"train.base_precision is {train.base_precision}, which {problem}")
+
+
+def why_not_eight_bit(train: TrainConfig, model: ModelConfig) -> str:
+    """Return what in a recipe excludes products in 8 bits; "" when nothing does."""
     if model.adapt.kind == "full":
-        problem = "needs LoRA: full tuning has no frozen weights"
-    elif model.precision == "fp32":
-        problem = "stands in for bf16, but model.precision is fp32"
-    elif train.kl_weight:
-        problem = "and train.kl_weight exclude each other: the distance would measure rounding too"
-    if train.fp8 and problem:
-        raise ValueError(f"train.fp8 {problem}")
+        return "needs LoRA: full tuning has no frozen weights"
+    if model.precision == "fp32":
+        return "contradicts model.precision: fp32"
+    if train.kl_weight:
+        return "excludes train.kl_weight: the distance to the base would measure rounding too"
+    return ""
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

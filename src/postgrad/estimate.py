@@ -28,7 +28,9 @@ result. In units of the compute precision; measured with fused layers (model.fus
 INTERMEDIATE_VECTORS = 3
 """The same of the intermediate size: gate, up and their product."""
 FP8_MULTIPLE = 16
-"""What the widths of a layer must be multiples of for `train.fp8` (model.fp8)."""
+"""What the widths of a layer must be multiples of for float8 (model.fp8)."""
+INT8_SMALLEST = 2**16
+"""Weights of a layer from which it is multiplied in int8 (model.int8)."""
 
 _TWO_MATRICES = ("gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "phi", "bloom", "falcon", "codegen")
 """Model types whose MLP has no gate: two matrices a layer instead of three."""
@@ -89,10 +91,13 @@ class Shape:
         """
         return self.layers * r * sum(out + width for out, width in self._adapted(targets))
 
-    def fp8_weights(self, targets: str | Sequence[str] = "all-linear") -> int:
-        """Weights of the layers with adapters whose widths float8 products can have."""
-        sizes = [size for size in self._adapted(targets) if not any(n % FP8_MULTIPLE for n in size)]
-        return self.layers * sum(out * width for out, width in sizes)
+    def eight_bit_bytes(self, kind: str, targets: str | Sequence[str] = "all-linear") -> int:
+        """Bytes of the copies in 8 bits (`train.base_precision`) of layers with adapters."""
+        sizes = self._adapted(targets)
+        if kind == "fp8":
+            fitting = [out * width for out, width in sizes if not (out | width) % FP8_MULTIPLE]
+            return 2 * self.layers * sum(fitting)
+        return self.layers * sum(n for out, width in sizes if (n := out * width) >= INT8_SMALLEST)
 
     def _adapted(self, targets: str | Sequence[str]) -> list[tuple[int, int]]:
         """Return (outputs, inputs) of the layers of a block that `targets` names."""
@@ -162,8 +167,8 @@ class Method:
     """Activations are computed again in the backward pass instead of being kept."""
     beside_base: bool = False
     """The base is asked too, in every step: `train.kl_weight`."""
-    fp8_weights: int = 0
-    """Frozen weights that are held in float8 too, twice: `train.fp8`."""
+    eight_bit_bytes: int = 0
+    """What the frozen weights take in 8 bits, beside themselves: `train.base_precision`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +287,7 @@ def memory(
         "weights_bytes": weight_bytes * parameters,
         "adapters_bytes": 0 if method.full else 4 * method.trainable,
         "precision_copies_bytes": shape.linear_weights * method.compute_bytes if copied else 0,
-        "fp8_copies_bytes": 2 * method.fp8_weights,
+        "eight_bit_copies_bytes": method.eight_bit_bytes,
         "gradients_bytes": 4 * method.trainable,
         "optimizer_bytes": 8 * method.trainable,
         "activations_bytes": micro_batch.tokens * per_token,

@@ -379,7 +379,8 @@ def _train(run: Run, dataset: Dataset, options: Options) -> None:
         write_checks(run, checks)
         run.add_dropped(asdict(row) for row in session.dropped)
         refuse(checks)
-        packed = may_pack(checks)
+        packed, session = may_pack(checks), session.settled(checks)
+        run.write_text(run.config_path, session.recipe.to_yaml())
     if session.recipe.train.learning_rate == "probe":
         with _timed(run, "learning_rate_probe", options):
             session = probe_learning_rate(session, run, packed, options.show)

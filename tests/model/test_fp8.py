@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from postgrad import estimate
 from postgrad.config import LoraConfig
 from postgrad.model import compiled, fp8, lora
-from postgrad.model.fp8 import Fp8Weight, Inputs, quantised
+from postgrad.model.fp8 import Fp8Weight, quantised, shared_input
 from training import load_model
 
 torch.set_num_threads(1)
@@ -51,7 +51,7 @@ def test_a_row_of_zeros_stays_one():
     x[3] = 0
     weight = made(48, 64, seed=1)
     assert (plain(quantised(x))[3] == 0).all()
-    y = Fp8Weight.of(weight, Inputs()).forward(x, None)
+    y = Fp8Weight.of(weight, shared_input()).forward(x, None)
     assert (y[3] == 0).all()
     assert torch.isfinite(y).all()
 
@@ -60,7 +60,7 @@ def test_a_row_of_zeros_stays_one():
 def test_what_is_not_finite_is_not_clipped(bad):
     x = made(32, 64)
     x[5, 7] = bad
-    weight = Fp8Weight.of(made(48, 64, seed=1), Inputs())
+    weight = Fp8Weight.of(made(48, 64, seed=1), shared_input())
     y = weight.forward(x, None)
     assert not torch.isfinite(y[5]).any()
     assert torch.isfinite(y[[*range(5), *range(6, 32)]]).all()
@@ -79,26 +79,26 @@ def test_a_product_is_that_of_the_quantised_matrices():
 def test_products_of_any_number_of_rows(rows, bias):
     weight, x, grad = made(48, 64), made(rows, 64, seed=1), made(rows, 48, seed=2)
     b = made(48, seed=3) if bias else None
-    found = Fp8Weight.of(weight, Inputs())
+    found = Fp8Weight.of(weight, shared_input())
     forward, backward = found.forward(x, b), found.backward(grad)
     assert (forward.dtype, forward.shape) == (torch.bfloat16, (rows, 48))
     assert backward.shape == (rows, 64)
     wanted = nn.functional.linear(x.float(), weight.float(), None if b is None else b.float())
     assert error(forward, wanted) < PRODUCT
     assert error(backward, grad.float() @ weight.float()) < PRODUCT
-    same = Fp8Weight.of(weight, Inputs()).forward(x.t().contiguous().t(), b)
+    same = Fp8Weight.of(weight, shared_input()).forward(x.t().contiguous().t(), b)
     assert torch.equal(same, forward)
 
 
 @pytest.mark.parametrize("shape", [(40, 64), (64, 40), (8, 8)])
 def test_widths_that_the_product_does_not_take_are_left_alone(shape):
-    assert Fp8Weight.of(made(*shape), Inputs()) is None
+    assert Fp8Weight.of(made(*shape), shared_input()) is None
 
 
 def test_an_input_of_several_layers_is_quantised_once(monkeypatch):
     seen, definition = [], fp8.quantise_definition
     monkeypatch.setattr(fp8, "quantise_definition", lambda x: seen.append(x) or definition(x))
-    inputs, x = Inputs(), made(2, 16, 64)
+    inputs, x = shared_input(), made(2, 16, 64)
     first = inputs(x)
     assert inputs(x) is first
     assert len(seen) == 1
@@ -134,7 +134,7 @@ def test_a_training_step_of_a_layer(bias, dropout, rows):
     model, x = adapted(bias, dropout), made(*rows, 64, seed=4)
     exact = step(adapted(bias, dropout, torch.float32), x.float())
     in_bf16 = step(model, x)
-    lora.use_fp8(model)
+    lora.use_eight_bit(model, "fp8")
     found = step(model, x)
     for ours, bf16, wanted in zip(found, in_bf16, exact, strict=True):
         assert ours.dtype == bf16.dtype
@@ -146,19 +146,19 @@ def test_a_training_step_of_a_layer(bias, dropout, rows):
 def test_without_it_every_bit_is_as_it_was():
     model, x = adapted(), made(2, 16, 64)
     before = step(model, x)
-    lora.use_fp8(model)
-    with lora.without_fp8(model):
+    lora.use_eight_bit(model, "fp8")
+    with lora.without_eight_bit(model):
         assert all(torch.equal(a, b) for a, b in zip(step(model, x), before, strict=True))
-    with pytest.raises(RuntimeError), lora.without_fp8(model):
+    with pytest.raises(RuntimeError), lora.without_eight_bit(model):
         raise RuntimeError
-    assert model[0].fp8 is not None
+    assert model[0].eight_bit is not None
 
 
 def test_evaluation_is_what_is_served():
     model, x = adapted(), made(2, 16, 64)
     served = step(model.eval(), x)
     base = model[0].base(x)
-    lora.use_fp8(model)
+    lora.use_eight_bit(model, "fp8")
     assert all(torch.equal(a, b) for a, b in zip(step(model, x), served, strict=True))
     with torch.no_grad(), lora.cast_once(model):
         assert torch.equal(model(x), served[0])
@@ -169,13 +169,13 @@ def test_evaluation_is_what_is_served():
 def test_a_layer_of_other_widths_stays_in_bf16():
     model, x = adapted(outputs=40), made(2, 16, 64)
     before = step(model, x)
-    lora.use_fp8(model)
+    lora.use_eight_bit(model, "fp8")
     assert all(torch.equal(a, b) for a, b in zip(step(model, x), before, strict=True))
 
 
 def test_activations_computed_again_are_the_same():
     model, x = adapted(), made(2, 16, 64)
-    lora.use_fp8(model)
+    lora.use_eight_bit(model, "fp8")
     kept = step(model, x)
     again = x.clone().requires_grad_()
     model.zero_grad()
@@ -188,8 +188,8 @@ def test_activations_computed_again_are_the_same():
 def test_a_model_with_copies_has_the_same_weights(tiny_model_dir):
     config = LoraConfig(r=4)
     one, other = (load_model(tiny_model_dir, config, torch.bfloat16) for _ in range(2))
-    lora.use_fp8(other)
-    assert all(layer.fp8 is not None for layer in lora.lora_layers(other).values())
+    lora.use_eight_bit(other, "fp8")
+    assert all(layer.eight_bit is not None for layer in lora.lora_layers(other).values())
     assert one.state_dict().keys() == other.state_dict().keys()
     assert len(list(one.parameters())) == len(list(other.parameters()))
     ids = torch.arange(3, 60).unsqueeze(0)
@@ -236,7 +236,7 @@ def test_rows_are_quantised_on_a_device_as_on_a_cpu(device, compiling, width):
             assert error(plain(found).cpu(), plain(wanted)) < 5e-3  # a quotient on an edge
         for bad in (float("nan"), float("inf")):
             x[0, 0] = bad
-            weight = Fp8Weight.of(made(48, width).to(device), Inputs())
+            weight = Fp8Weight.of(made(48, width).to(device), shared_input())
             y = weight.forward(x.to(device), None)
             assert not torch.isfinite(y[0]).any()
             assert torch.isfinite(y[1:]).all()
@@ -249,7 +249,7 @@ def test_rows_are_quantised_on_a_device_as_on_a_cpu(device, compiling, width):
 @pytest.mark.parametrize("shape", [(48, 64), (1024, 4096), (4096, 1024), (576, 1536)])
 def test_products_on_a_device(device, rows, shape):
     weight, x, grad = made(*shape), made(rows, shape[1], seed=1), made(rows, shape[0], seed=2)
-    copies = Fp8Weight.of(weight.to(device), Inputs())
+    copies = Fp8Weight.of(weight.to(device), shared_input())
     a, b = quantised(x.to(device)), copies.by_output
     forward = copies.forward(x.to(device), None)
     assert error(forward, plain(a) @ plain(b).t()) < 2e-2  # fast accumulation
@@ -263,6 +263,6 @@ def test_products_on_a_device(device, rows, shape):
 def test_a_training_step_of_a_layer_on_a_device(device, dropout):
     model, x = adapted(bias=True, dropout=dropout).to(device), made(3, 7, 64, seed=4).to(device)
     in_bf16 = step(model, x)
-    lora.use_fp8(model)
+    lora.use_eight_bit(model, "fp8")
     for ours, wanted in zip(step(model, x), in_bf16, strict=True):
         assert error(ours, wanted) < PRODUCT

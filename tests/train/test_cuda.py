@@ -112,7 +112,7 @@ def test_losses_in_float8_are_nearly_those_of_bf16(cuda, tiny_model_dir, tmp_pat
         training.model = load_model(tiny_model_dir, LoraConfig(r=4), torch.bfloat16).to(cuda)
         training.optimizer = make_optimizer(training.model, training.recipe.train, 1e-3)
         if name != "bf16":
-            lora.use_fp8(training.model)
+            lora.use_eight_bit(training.model, "fp8")
         training.go(eval_steps=10**6, backward=graphs if name == "recorded" else None)
         found[name] = [
             line["train/loss"] for line in training.run.read_metrics() if "train/loss" in line

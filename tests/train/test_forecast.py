@@ -54,12 +54,12 @@ def test_copies_in_float8_are_counted(tiny_model_dir, tmp_path, monkeypatch):
         tiny_model_dir,
         tmp_path,
         model={"adapt": adapt, "precision": "bf16"},
-        train={"fp8": True},
+        train={"base_precision": "fp8"},
     )
     counted = forecast(recipe, dataset, tiny_model_dir, load_light_tokenizer(tiny_model_dir))
-    assert counted.method.fp8_weights == 2 * (64 * 64 + 64 * 128)
+    assert counted.method.eight_bit_bytes == 2 * 2 * (64 * 64 + 64 * 128)
     known = dry_run(open_session(recipe, dataset), dataset)
-    assert known["memory"]["fp8_copies_bytes"] == 2 * counted.method.fp8_weights
+    assert known["memory"]["eight_bit_copies_bytes"] == counted.method.eight_bit_bytes
 
 
 def test_a_dry_run_moves_nothing(tiny_model_dir, tmp_path):

@@ -9,10 +9,10 @@ from postgrad.data.render import Renderer
 from postgrad.errors import ModelError
 from postgrad.model.attention import is_ours, training_attention
 from postgrad.model.layout import Layout
-from postgrad.model.lora import add_lora, lora_layers, use_fp8
+from postgrad.model.lora import add_lora, lora_layers, use_eight_bit
 from postgrad.train import sft
 from postgrad.train.memory import available_bytes, peak_memory, used_bytes
-from postgrad.train.preflight import failed, may_pack, preflight, refuse
+from postgrad.train.preflight import failed, may_pack, near_in_eight_bits, preflight, refuse
 from postgrad.train.preflight.memory import fits_in_memory
 from postgrad.train.preflight.model import (
     BEGINNING,
@@ -348,16 +348,22 @@ def test_a_shared_beginning_is_checked_and_a_wrong_one_is_refused(model, renderi
 def test_products_in_float8_are_tried_on_the_rows(tiny_model_dir, renderings, dropout):
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.bfloat16)
     add_lora(model, LoraConfig(r=4, lora_dropout=dropout), seed=0)
-    use_fp8(model)
-    found = run(model, renderings, precision=torch.bfloat16, fp8=True)
+    use_eight_bit(model, "fp8")
+    found = run(model, renderings, precision=torch.bfloat16, base_precision="fp8")
     assert failing(found) == []
-    near = found["fp8-near-bf16"].data
+    near = found["eight-bit-near"].data
+    assert near["near"]
+    assert near_in_eight_bits(found.values())
     assert near["loss"] != near["reference_loss"] == found["loss-matches-reference"].data["loss"]
     assert 0 < near["gradient_difference"] < 0.2
     layers = lora_layers(model).values()
-    assert all(layer.fp8 is not None for layer in layers)
+    assert all(layer.eight_bit is not None for layer in layers)
     for layer in layers:
-        layer.fp8.by_input.scales.mul_(2)  # gradients that the loss does not show
-    found = run(model, renderings, precision=torch.bfloat16, fp8=True)
-    assert failing(found) == ["fp8-near-bf16"]
-    assert "set train.fp8 to false" in found["fp8-near-bf16"].remedy
+        layer.eight_bit.by_input.scales.mul_(2)  # gradients that the loss does not show
+    found = run(model, renderings, precision=torch.bfloat16, base_precision="fp8")
+    assert failing(found) == ["eight-bit-near"]
+    assert "set train.base_precision to model" in found["eight-bit-near"].remedy
+    found = run(model, renderings, precision=torch.bfloat16)  # auto: decided by it, not refused
+    assert failing(found) == []
+    assert found["eight-bit-near"].detail.startswith("trained in the model's precision")
+    assert not near_in_eight_bits(found.values())

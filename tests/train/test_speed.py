@@ -50,7 +50,9 @@ def test_the_newest_run_under_equal_conditions_counts(tmp_path):
     record(other, tmp_path / "2026-01-05-e", 1.0)
     held = make_recipe("model", train={"threads": 1, "kl_weight": 0.1})
     record(held, tmp_path / "2026-01-06-f", 1.0)
-    eight = make_recipe("model", model={"precision": "bf16"}, train={"threads": 1, "fp8": True})
+    eight = make_recipe(
+        "model", model={"precision": "bf16"}, train={"threads": 1, "base_precision": "fp8"}
+    )
     record(eight, tmp_path / "2026-01-07-g", 1.0)
     found = speed.recorded_speed(recipe, METHOD, tmp_path)
     assert (found.source, found.detail) == ("recorded run", str(newest.path))

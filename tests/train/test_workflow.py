@@ -11,7 +11,7 @@ from transformers import GraniteConfig, GraniteForCausalLM
 
 from postgrad.data.dataset import load_dataset
 from postgrad.errors import TrainingError
-from postgrad.model import compiled, fp8, lora
+from postgrad.model import compiled, fp8, int8, lora
 from postgrad.model.attention import training_attention
 from postgrad.model.attention_probe import CERTAIN, AttentionProbe
 from postgrad.progress import SilentDisplay
@@ -22,6 +22,7 @@ from postgrad.train.checkpoint import resume
 from postgrad.train.graphs import Graphs
 from postgrad.train.held_out import Validation
 from postgrad.train.plan import evaluation_tokens
+from postgrad.train.preflight.measured import Tolerance
 from postgrad.train.session import open_session
 from postgrad.train.workflow import export_model, restore_best, train_model
 from training import events, make_recipe, weights_of, write_rows
@@ -46,7 +47,7 @@ FACTS = {
     "gradient_checkpointing",
     "torch_compile",
     "cuda_graphs",
-    "fp8",
+    "base_precision",
     "threads",
     "attention_bucket_tokens",
     "precision",
@@ -120,49 +121,99 @@ def test_on_a_cpu_nothing_is_compiled_for_a_device(tiny_model_dir, tmp_path, mon
 
 def test_float8_is_refused_where_it_cannot_be_had(tiny_model_dir, tmp_path, monkeypatch):
     bf16 = {"precision": "bf16"}
-    with pytest.raises(TrainingError, match=r"train\.fp8 is true, .* no CUDA device"):
-        prepare(tiny_model_dir, tmp_path, model=bf16, fp8=True)
+    with pytest.raises(TrainingError, match=r"base_precision is fp8, but .* no CUDA device"):
+        prepare(tiny_model_dir, tmp_path, model=bf16, base_precision="fp8")
     monkeypatch.setattr(fp8, "why_not", lambda device: "")
     monkeypatch.setattr("postgrad.model.load.has_native_bf16", lambda: False)
     with pytest.raises(TrainingError, match=r"computes in torch\.float32"):
-        prepare(tiny_model_dir, tmp_path, model={"precision": "auto"}, fp8=True)
+        prepare(tiny_model_dir, tmp_path, model={"precision": "auto"}, base_precision="fp8")
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_steps_in_float8_and_everything_else_in_bf16(
-    tiny_model_dir, tmp_path, monkeypatch, dropout
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_steps_in_8_bits_and_everything_else_in_bf16(
+    tiny_model_dir, tmp_path, monkeypatch, kind, dropout
 ):
     monkeypatch.setattr(fp8, "why_not", lambda device: "")
+    monkeypatch.setattr(int8, "SMALLEST", 1)
     found = {}
-    for name in ("bf16", "fp8"):
-        (tmp_path / name).mkdir()
+    for choice in ("model", kind):
+        (tmp_path / choice).mkdir()
         session, run = prepare(
             tiny_model_dir,
-            tmp_path / name,
+            tmp_path / choice,
             adapt={"r": 4, "lora_dropout": dropout},
             model={"precision": "bf16"},
-            fp8=name == "fp8",
+            base_precision=choice,
         )
         checks = {check.name: check for check in session.checks(())}
         assert all(check.passed for check in checks.values())
-        assert ("fp8-near-bf16" in checks) == (name == "fp8")
+        assert ("eight-bit-near" in checks) == (choice == kind)
+        session = session.settled(tuple(checks.values()))
         facts = train_model(session, run, True, SilentDisplay())
-        assert facts["fp8"] == (name == "fp8")
-        found[name] = [line for line in run.read_metrics() if "train/loss" in line]
+        assert facts["base_precision"] == choice
+        found[choice] = [line for line in run.read_metrics() if "train/loss" in line]
         held_out = [line for line in run.read_metrics() if "validation/loss" in line]
-        found[name + " start"] = held_out[0]["validation/loss"]
-    assert found["bf16 start"] == found["fp8 start"]
-    losses = [[line["train/loss"] for line in found[name]] for name in ("bf16", "fp8")]
+        found[choice + " start"] = held_out[0]["validation/loss"]
+    assert found["model start"] == found[kind + " start"]
+    losses = [[line["train/loss"] for line in found[choice]] for choice in ("model", kind)]
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=2e-2)
-    assert events(run, "fp8")[0]["layers"] == 14
-    assert events(run, "fp8")[0]["in_bf16"] == []
+    (event,) = events(run, "eight-bit-products")
+    assert (event["precision"], event["layers"], event["others"]) == (kind, 14, [])
     limit = session.recipe.train.attention_bucket_tokens
-    lora.use_fp8(session.model)
-    with lora.without_fp8(session.model), session.attention():
+    lora.use_eight_bit(session.model, kind)
+    with lora.without_eight_bit(session.model), session.attention():
         plain = session.held_out(True)(session.model, session.objective).loss
     assert limit != "auto"
     assert plain == facts["restored_loss"]
+
+
+@pytest.mark.parametrize("pays", [True, False])
+@pytest.mark.parametrize("near", [True, False])
+def test_int8_is_chosen_where_it_is_faster_and_near(
+    tiny_model_dir, tmp_path, monkeypatch, pays, near
+):
+    asked = []
+    monkeypatch.setattr(int8, "SMALLEST", 1)
+    monkeypatch.setattr(int8, "pays", lambda weight: asked.append(weight.numel()) or pays)
+    if not near:
+        nowhere = Tolerance(0.0, 0.0, 0.0)
+        monkeypatch.setattr("postgrad.train.preflight.device.EIGHT_BITS", nowhere)
+    session, run = prepare(tiny_model_dir, tmp_path, model={"precision": "bf16"})
+    assert asked == [64 * 128]  # the largest layer
+    assert session.recipe.train.base_precision == "auto"
+    checks = session.checks(())
+    assert all(check.passed for check in checks)
+    assert any(check.name == "eight-bit-near" for check in checks) == pays
+    session = session.settled(checks)
+    assert session.settled(checks).recipe == session.recipe
+    chosen = "int8" if pays and near else "model"
+    assert session.recipe.train.base_precision == chosen
+    assert (lora.eight_bit_weights(session.model) > 0) == (chosen == "int8")
+    assert train_model(session, run, True, SilentDisplay())["base_precision"] == chosen
+    assert bool(events(run, "eight-bit-products")) == (chosen == "int8")
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [{"model": {"precision": "fp32"}}, {"kl_weight": 0.1}, {"adapt": {"kind": "full"}}],
+)
+def test_int8_is_not_tried_where_the_recipe_excludes_it(
+    tiny_model_dir, tmp_path, monkeypatch, sections
+):
+    monkeypatch.setattr(int8, "pays", lambda weight: pytest.fail("tried"))
+    session, _ = prepare(tiny_model_dir, tmp_path, **sections)
+    assert session.settled(()).recipe.train.base_precision == "model"
+
+
+def test_int8_is_refused_where_its_sums_are_wrong(tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(int8, "why_not", lambda device: "this processor's int8 sums overflow")
+    monkeypatch.setattr(int8, "pays", lambda weight: True)
+    with pytest.raises(TrainingError, match=r"base_precision is int8, but .* overflow"):
+        prepare(tiny_model_dir, tmp_path, base_precision="int8", model={"precision": "bf16"})
+    session, _ = prepare(tiny_model_dir, tmp_path, model={"precision": "bf16"})
+    assert session.settled(()).recipe.train.base_precision == "model"
 
 
 def test_a_training_says_why_it_could_not_use_graphs(tiny_model_dir, tmp_path, monkeypatch):

@@ -7,14 +7,13 @@ x Wᵀ, by input for the gradient g W, because torch._scaled_mm wants the second
 column and scales along what is not summed over.
 """
 
-import weakref
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from postgrad.model.compiled import realised
+from postgrad.model.frozen import SharedInput
 
 LARGEST = 448.0
 """Largest value of float8_e4m3fn."""
@@ -75,24 +74,9 @@ def quantise_definition(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() / scales).to(torch.float8_e4m3fn), scales
 
 
-class Inputs:
-    """Quantises the inputs of a model's layers; one that several layers read, only once.
-
-    Query, key and value have the same input, gate and up too.
-    """
-
-    def __init__(self) -> None:
-        """Begin with nothing quantised."""
-        self._of: tuple[weakref.ref[Tensor], int] | None = None
-        self._found: Quantised | None = None
-
-    def __call__(self, x: Tensor) -> Quantised:
-        """Return x [..., K] as rows; the same as last time if it is the same tensor, unchanged."""
-        same = self._of is not None and self._of[0]() is x and self._of[1] == x._version
-        if not same or self._found is None:
-            self._found = quantised(_padded(x.reshape(-1, x.shape[-1])))
-            self._of = weakref.ref(x), x._version
-        return self._found
+def shared_input() -> SharedInput[Quantised]:
+    """Return what quantises the inputs of a model's layers."""
+    return SharedInput(lambda rows: quantised(_padded(rows)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +87,11 @@ class Fp8Weight:
     """W."""
     by_input: Quantised
     """Wᵀ."""
-    inputs: Inputs
+    inputs: SharedInput[Quantised]
     """Shared by the layers of a model."""
 
     @classmethod
-    def of(cls, weight: Tensor, inputs: Inputs) -> "Fp8Weight | None":
+    def of(cls, weight: Tensor, inputs: SharedInput[Quantised]) -> "Fp8Weight | None":
         """Quantise a weight [out, in]; None where its widths are not multiples of 16."""
         if any(width % MULTIPLE for width in weight.shape):
             return None
@@ -122,24 +106,6 @@ class Fp8Weight:
     def backward(self, grad: Tensor) -> Tensor:
         """Return grad W [T, in] for grad [T, out]."""
         return quantised(_padded(grad)).product(self.by_input)[: len(grad)]
-
-    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Return x Wᵀ + b [..., out], differentiable in x."""
-        return _Linear.apply(x, bias, self)  # type: ignore[no-untyped-call,no-any-return]
-
-
-class _Linear(torch.autograd.Function):
-    """y = x Wᵀ + b with W frozen; keeps nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Fp8Weight) -> Tensor:
-        ctx.weight, ctx.shape = weight, x.shape
-        return weight.forward(x, bias).view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        found = ctx.weight.backward(grad.reshape(-1, grad.shape[-1]))
-        return found.view(ctx.shape), None, None
 
 
 def _padded(x: Tensor) -> Tensor:

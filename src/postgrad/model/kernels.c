@@ -336,6 +336,65 @@ void NAME(tree_softmax)(ELEMENT *restrict scores, const ELEMENT *restrict bias, 
     }
 }
 
+/* Rows in 8 bits: x[i] columns[i] is about scales[row] y[i] with whole y[i] from -127 to 127; without `columns`
+   they count as ones. A row that is not finite gets scale NaN. */
+void NAME(quantise)(const ELEMENT *restrict x, const float *restrict columns, int8_t *restrict y,
+                    float *restrict scales, int64_t rows, int64_t width) {
+    ROWS
+    for (int64_t row = 0; row < rows; row++) {
+        const ELEMENT *in = x + row * width;
+        int8_t *out = y + row * width;
+        uint32_t highest = 0;
+        float values[width];
+        if (columns) {
+#pragma omp simd
+            for (int64_t i = 0; i < width; i++)
+                values[i] = LOAD(in[i]) * columns[i];
+        } else {
+#pragma omp simd
+            for (int64_t i = 0; i < width; i++)
+                values[i] = LOAD(in[i]);
+        }
+#pragma omp simd reduction(max : highest)
+        for (int64_t i = 0; i < width; i++) {
+            uint32_t bits = float_to_bits(values[i]) & 0x7fffffffu;
+            highest = bits > highest ? bits : highest;
+        }
+        float largest = bits_to_float(highest);
+        int finite = highest < 0x7f800000u;
+        float inverse = finite && largest > 1e-30f ? 127.0f / largest : 0.0f;
+        scales[row] = finite ? (inverse > 0.0f ? largest / 127.0f : 0.0f) : NAN;
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++)
+            out[i] = (int8_t)(int32_t)rintf(values[i] * inverse);
+    }
+}
+
+/* y = sums scales[row] columns[i] + bias[i]; columns and bias may be missing. */
+void NAME(dequantise)(const int32_t *restrict sums, const float *restrict scales,
+                      const float *restrict columns, const ELEMENT *restrict bias,
+                      ELEMENT *restrict y, int64_t rows, int64_t width) {
+    ROWS
+    for (int64_t row = 0; row < rows; row++) {
+        const int32_t *in = sums + row * width;
+        ELEMENT *out = y + row * width;
+        float scale = scales[row];
+        if (!columns) {
+#pragma omp simd
+            for (int64_t i = 0; i < width; i++)
+                out[i] = STORE((float)in[i] * scale);
+        } else if (!bias) {
+#pragma omp simd
+            for (int64_t i = 0; i < width; i++)
+                out[i] = STORE((float)in[i] * (scale * columns[i]));
+        } else {
+#pragma omp simd
+            for (int64_t i = 0; i < width; i++)
+                out[i] = STORE((float)in[i] * (scale * columns[i]) + LOAD(bias[i]));
+        }
+    }
+}
+
 /* out[i] = x[index[i]], rows of `width` elements. */
 void NAME(gather)(const ELEMENT *restrict x, const int64_t *restrict index, ELEMENT *restrict out,
                   int64_t rows, int64_t width) {

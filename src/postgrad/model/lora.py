@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -20,7 +20,8 @@ from torch.nn import functional
 
 from postgrad.config import LoraConfig
 from postgrad.errors import ModelError
-from postgrad.model.fp8 import Fp8Weight, Inputs
+from postgrad.model import fp8, frozen, int8
+from postgrad.model.frozen import EightBit
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -63,8 +64,8 @@ class _LoraFunction(torch.autograd.Function):
     """y = x Wᵀ + b + s (x Aᵀ) Bᵀ with W frozen: saves x and x Aᵀ only.
 
     On a CUDA device the small product comes first and the large one adds to it: what the small one
-    alone would have to read again is read while the large one multiplies. With `fp8` the two
-    products of W are those of its quantised copies.
+    alone would have to read again is read while the large one multiplies. With `eight_bit` the two
+    products of W are made with that copy.
     """
 
     @staticmethod
@@ -76,21 +77,21 @@ class _LoraFunction(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
         scale: float,
-        fp8: Fp8Weight | None,
+        eight_bit: EightBit | None,
         cast: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         a_cast, b_cast = cast or (a.to(x.dtype), (b * scale).to(x.dtype))
         low = flat @ a_cast.t()
-        if fp8 is not None:
-            y = fp8.forward(x, bias).addmm_(low, b_cast.t())
+        if eight_bit is not None:
+            y = eight_bit.forward(x, bias).addmm_(low, b_cast.t())
         elif flat.is_cuda and bias is None:
             y = (low @ b_cast.t()).addmm_(flat, weight.t())
         else:
             y = functional.linear(flat, weight, bias)
             y.addmm_(low, b_cast.t())
         ctx.save_for_backward(flat, low, weight, a_cast, b_cast)
-        ctx.scale, ctx.shape, ctx.dtype, ctx.fp8 = scale, x.shape, a.dtype, fp8
+        ctx.scale, ctx.shape, ctx.dtype, ctx.eight_bit = scale, x.shape, a.dtype, eight_bit
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -102,16 +103,16 @@ class _LoraFunction(torch.autograd.Function):
         grad_a = product(grad_low.t(), flat, ctx.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = _input_gradient(grad, grad_low, weight, a, ctx.fp8).view(ctx.shape)
+            grad_x = _input_gradient(grad, grad_low, weight, a, ctx.eight_bit).view(ctx.shape)
         return grad_x, None, None, grad_a, grad_b, None, None, None
 
 
 def _input_gradient(
-    grad: Tensor, grad_low: Tensor, weight: Tensor, a: Tensor, fp8: Fp8Weight | None
+    grad: Tensor, grad_low: Tensor, weight: Tensor, a: Tensor, eight_bit: EightBit | None
 ) -> Tensor:
     """Return grad W + grad_low A [T, in]."""
-    if fp8 is not None:
-        return fp8.backward(grad).addmm_(grad_low, a)
+    if eight_bit is not None:
+        return eight_bit.backward(grad).addmm_(grad_low, a)
     if not grad.is_cuda:
         return (grad @ weight).addmm_(grad_low, a)
     return (grad_low @ wide_enough(a)).addmm_(grad, weight)
@@ -148,8 +149,8 @@ class LoraLinear(nn.Module):
         self.enabled = True
         self.cast: tuple[Tensor, Tensor] | None = None
         """A and s B in the precision of the frozen weight, inside `cast_once`."""
-        self.fp8: Fp8Weight | None = None
-        """The frozen weight in float8, which training mode computes with (`use_fp8`)."""
+        self.eight_bit: EightBit | None = None
+        """The frozen weight in 8 bits, which training mode computes with (`use_eight_bit`)."""
 
     @property
     def weight(self) -> Tensor:
@@ -164,11 +165,12 @@ class LoraLinear(nn.Module):
             flat = x.reshape(-1, x.shape[-1])
             y = functional.linear(flat, self.base.weight, self.base.bias)
             return y.addmm_(flat @ self.cast[0].t(), self.cast[1].t()).view(*x.shape[:-1], -1)
-        fp8 = self.fp8 if self.training else None
+        eight_bit = self.eight_bit if self.training else None
         if self.dropout and self.training:
             dropped = functional.dropout(x, self.dropout).to(x.dtype)
             low = dropped @ self.lora_A.to(x.dtype).t()
-            y = self.base(x) if fp8 is None else fp8.linear(x, self.base.bias)
+            bias = self.base.bias
+            y = self.base(x) if eight_bit is None else frozen.linear(x, bias, eight_bit)
             return y + low @ (self.lora_B * self.scale).to(x.dtype).t()
         return _LoraFunction.apply(  # type: ignore[no-untyped-call,no-any-return]
             x,
@@ -177,7 +179,7 @@ class LoraLinear(nn.Module):
             self.lora_A,
             self.lora_B,
             self.scale,
-            fp8,
+            eight_bit,
             self.cast,
         )
 
@@ -185,8 +187,8 @@ class LoraLinear(nn.Module):
     def is_plain(self) -> bool:
         """Whether it computes x Wᵀ + s (x Aᵀ) Bᵀ now, and nothing more."""
         noisy = self.training and bool(self.dropout)
-        in_fp8 = self.training and self.fp8 is not None
-        return self.enabled and not noisy and not in_fp8 and self.base.bias is None
+        eight_bit = self.training and self.eight_bit is not None
+        return self.enabled and not noisy and not eight_bit and self.base.bias is None
 
     def low_precision(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return A and s B in `dtype`."""
@@ -243,28 +245,44 @@ def lora_layers(model: Any) -> dict[str, LoraLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, LoraLinear)}
 
 
-def use_fp8(model: Any) -> None:
-    """Give the adapted layers their frozen weight in float8: training mode computes with it.
+def use_eight_bit(model: Any, kind: Literal["int8", "fp8"]) -> None:
+    """Give the adapted layers their frozen weight in 8 bits: training mode computes with it.
 
-    Evaluation mode goes on in bf16, the precision that is served. Layers whose widths are not
-    multiples of 16 keep bf16 in both.
+    Evaluation mode goes on in the model's precision, which is served. Layers whose widths the
+    format does not take keep that in both.
     """
-    inputs = Inputs()
+    if kind == "fp8":
+        of_fp8 = fp8.shared_input()
+        for layer in lora_layers(model).values():
+            layer.eight_bit = fp8.Fp8Weight.of(layer.base.weight, of_fp8)
+        return
+    of_int8 = int8.shared_input()
     for layer in lora_layers(model).values():
-        layer.fp8 = Fp8Weight.of(layer.base.weight, inputs)
+        layer.eight_bit = int8.Int8Weight.of(layer.base.weight, of_int8)
+
+
+def eight_bit_weights(model: Any) -> int:
+    """Return how many frozen weights training mode multiplies with in 8 bits."""
+    layers = lora_layers(model).values()
+    return sum(layer.weight.numel() for layer in layers if layer.eight_bit is not None)
+
+
+def drop_eight_bit(model: Any) -> None:
+    """Compute in the model's precision from now on."""
+    for layer in lora_layers(model).values():
+        layer.eight_bit = None
 
 
 @contextmanager
-def without_fp8(model: Any) -> Iterator[None]:
-    """Compute in bf16 inside the block, in training mode too."""
-    before = {layer: layer.fp8 for layer in lora_layers(model).values()}
-    for layer in before:
-        layer.fp8 = None
+def without_eight_bit(model: Any) -> Iterator[None]:
+    """Compute in the model's precision inside the block, in training mode too."""
+    before = {layer: layer.eight_bit for layer in lora_layers(model).values()}
+    drop_eight_bit(model)
     try:
         yield
     finally:
-        for layer, fp8 in before.items():
-            layer.fp8 = fp8
+        for layer, eight_bit in before.items():
+            layer.eight_bit = eight_bit
 
 
 @contextmanager

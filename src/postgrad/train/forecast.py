@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from postgrad import machine
-from postgrad.config import LoraConfig, Recipe
+from postgrad.config import LoraConfig, Recipe, why_not_eight_bit
 from postgrad.data.dataset import Dataset
 from postgrad.data.lengths import keep_chats, keep_usable
 from postgrad.data.render import Renderer
@@ -162,7 +162,8 @@ def forecast(
     """
     card = machine.gpu()
     shape = read_shape(read_settings(directory, "config.json", required=True))
-    method = _method(recipe, shape, card.has_bf16 if card else machine.has_native_bf16())
+    native_bf16 = card.has_bf16 if card else machine.has_native_bf16()
+    method = _method(recipe, shape, native_bf16, on_gpu=card is not None)
     recipe = with_eval_rows(recipe, len(dataset.of(Split.TRAIN)))
     renderer = Renderer(tokenizer, eos_token_ids=end_token_ids(directory))
     check_given_chats(renderer, recipe)
@@ -209,21 +210,27 @@ def row_counts(dataset: Dataset) -> dict[str, int]:
     return rows | ({"replay": len(dataset.replay)} if dataset.replay else {})
 
 
-def _method(recipe: Recipe, shape: Shape, native_bf16: bool) -> Method:
-    """Return what the recipe trains; whether activations are kept is decided later."""
+def _method(recipe: Recipe, shape: Shape, native_bf16: bool, on_gpu: bool) -> Method:
+    """Return what the recipe trains; whether activations are kept is decided later.
+
+    On a CPU `train.base_precision: auto` is taken for int8: the larger of its two choices.
+    """
     adapt, precision = recipe.model.adapt, recipe.model.precision
     narrow = precision == "bf16" or (precision == "auto" and native_bf16)
     if not isinstance(adapt, LoraConfig):
-        trainable, fp8_weights = shape.parameters, 0
+        trainable, copies = shape.parameters, 0
     else:
+        kind = recipe.train.base_precision
+        if kind == "auto":
+            kind = "model" if on_gpu or why_not_eight_bit(recipe.train, recipe.model) else "int8"
         trainable = shape.adapter_parameters(adapt.r, adapt.target_modules)
-        fp8_weights = shape.fp8_weights(adapt.target_modules) if recipe.train.fp8 else 0
+        copies = 0 if kind == "model" else shape.eight_bit_bytes(kind, adapt.target_modules)
     return Method(
         trainable=trainable,
         full=not isinstance(adapt, LoraConfig),
         compute_bytes=2 if narrow else 4,
         beside_base=recipe.train.kl_weight > 0,
-        fp8_weights=fp8_weights,
+        eight_bit_bytes=copies,
     )
 
 

@@ -12,7 +12,7 @@ from postgrad.config import Recipe
 from postgrad.data.dataset import Dataset
 from postgrad.estimate import NOTHING, Amount, Method, Speed, amount_of, read_shape
 from postgrad.model.load import Loaded, compute_dtype, device, load_tokenizer, quiet_transformers
-from postgrad.model.lora import lora_layers
+from postgrad.model.lora import eight_bit_weights
 from postgrad.train.forecast import Forecast, count, document, row_counts
 from postgrad.train.memory import peak_memory
 from postgrad.train.optimizer import make_optimizer, trainable
@@ -87,7 +87,7 @@ def dry_run(session: Session, dataset: Dataset, watched: Amount = NOTHING) -> di
     """
     trained = sum(p.numel() for p in trainable(session.model).values())
     recipe, full = session.recipe, session.recipe.model.adapt.kind == "full"
-    recompute = bool(recipe.train.gradient_checkpointing)
+    recompute, eight_bit = bool(recipe.train.gradient_checkpointing), recipe.train.base_precision
     work = count(
         recipe,
         session.training,
@@ -99,11 +99,7 @@ def dry_run(session: Session, dataset: Dataset, watched: Amount = NOTHING) -> di
             session.loaded.dtype.itemsize,
             recompute,
             recipe.train.kl_weight > 0,
-            fp8_weights=sum(
-                layer.weight.numel()
-                for layer in lora_layers(session.model).values()
-                if layer.fp8 is not None
-            ),
+            eight_bit_bytes=eight_bit_weights(session.model) * (2 if eight_bit == "fp8" else 1),
         ),
         parameters=session.loaded.parameters - (0 if full else trained),
         rows=row_counts(dataset),

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from postgrad.config import FullConfig, LoraConfig, Recipe, TrainConfig
+from postgrad.config import FullConfig, LoraConfig, Recipe, TrainConfig, why_not_eight_bit
 from postgrad.data.batches import micro_batches
 from postgrad.data.dataset import Dataset
 from postgrad.data.lengths import first_reason, keep_chats, keep_usable
@@ -17,7 +18,7 @@ from postgrad.data.render import Renderer, Rendering
 from postgrad.errors import DataError, TrainingError
 from postgrad.estimate import activation_bytes_per_token
 from postgrad.machine import available_cores
-from postgrad.model import compiled, fp8, lora
+from postgrad.model import compiled, fp8, int8, lora
 from postgrad.model.attention import training_attention
 from postgrad.model.attention_probe import AttentionProbe, probe_attention
 from postgrad.model.load import Loaded, device, load
@@ -30,7 +31,7 @@ from postgrad.train.plan import (
     resolve_train,
     with_eval_rows,
 )
-from postgrad.train.preflight import preflight
+from postgrad.train.preflight import near_in_eight_bits, preflight
 from postgrad.train.sft import SupervisedFineTuning, has_plain_head, why_apart
 from postgrad.train.stream import Stream
 from postgrad.types import Batch, Check, Dropped, Split, Tokens
@@ -87,6 +88,16 @@ class Session:
                 precision=self.loaded.dtype,
             )
 
+    def settled(self, checks: Sequence[Check]) -> "Session":
+        """Return this session with `train.base_precision` decided by what was found in checks."""
+        choice = self.recipe.train.base_precision
+        if choice != "auto":
+            return self
+        if not near_in_eight_bits(checks):
+            lora.drop_eight_bit(self.model)
+        found = "int8" if lora.eight_bit_weights(self.model) else "model"
+        return _with(self, self.recipe.train.model_copy(update={"base_precision": found}))
+
     def stream(self, packed: bool, most: int | None = None) -> Stream:
         """Plan the training batches, those of the first `most` steps if that is given."""
         train = self.recipe.train
@@ -125,8 +136,7 @@ def open_session(recipe: Recipe, dataset: Dataset, loaded: Loaded | None = None)
     adapt = recipe.model.adapt
     if isinstance(adapt, LoraConfig):
         lora.add_lora(loaded.model, adapt, recipe.seed)
-        if recipe.train.fp8:
-            _use_fp8(loaded)
+        _use_eight_bit(recipe, loaded)
     else:
         loaded.model.requires_grad_(True)
     renderings, rows, dropped = _rows(recipe, dataset, renderer)
@@ -142,17 +152,31 @@ def open_session(recipe: Recipe, dataset: Dataset, loaded: Loaded | None = None)
     return _resolved(Session(*given, apart=apart))
 
 
-def _use_fp8(loaded: Loaded) -> None:
-    """Have the frozen weights in float8 too, for training steps, or say why not."""
-    problem = fp8.why_not(loaded.model.device)
-    if not problem and loaded.dtype != torch.bfloat16:
+def _use_eight_bit(recipe: Recipe, loaded: Loaded) -> None:
+    """Have the frozen weights in 8 bits too, for training steps, where the recipe says so.
+
+    For `auto`, where it could be had and a trial of the largest layer shows it faster.
+    """
+    choice, on = recipe.train.base_precision, loaded.model.device
+    if choice == "auto":
+        layers = lora.lora_layers(loaded.model).values()
+        if on.type != "cpu" or why_not_eight_bit(recipe.train, recipe.model) or not layers:
+            return
+        largest = max((layer.base.weight for layer in layers), key=Tensor.numel)
+        if not int8.pays(largest):
+            return
+    elif choice == "model":
+        return
+    problem = fp8.why_not(on) if choice == "fp8" else int8.why_not(on)
+    if choice == "fp8" and not problem and loaded.dtype != torch.bfloat16:
         problem = f"the model computes in {loaded.dtype}, float8 stands in for bf16"
-    if problem:
+    if not problem:
+        lora.use_eight_bit(loaded.model, "fp8" if choice == "fp8" else "int8")
+    elif choice != "auto":
         raise TrainingError(
-            f"train.fp8 is true, but {problem}",
-            "set it to false, or train on an Nvidia GPU of Ada, Hopper or later",
+            f"train.base_precision is {choice}, but {problem}",
+            "set it to auto or model; int8 is for CPUs, fp8 for GPUs of Ada, Hopper or later",
         )
-    lora.use_fp8(loaded.model)
 
 
 def _sharing(recipe: Recipe, model: Any) -> tuple[Recipe, str]:

@@ -31,7 +31,6 @@ def conditions(recipe: Recipe, compute_bytes: int) -> dict[str, Any]:
         "revision": model.revision,
         "adapt": model.adapt.model_dump(mode="json", exclude={"lora_alpha", "use_rslora"}),
         "compute_bytes": compute_bytes,
-        "fp8": recipe.train.fp8,
         "gradient_checkpointing": recipe.train.gradient_checkpointing,
         "beside_base": recipe.train.kl_weight > 0,
         **{name: found.get(name) for name in ("processor", "cores", "gpu")},
@@ -78,6 +77,7 @@ def _same_choices(recipe: Recipe, run: Run) -> bool:
     return (
         wanted.threads in ("auto", made.threads)
         and wanted.shared_prefix in ("auto", made.shared_prefix)
+        and wanted.base_precision in (made.base_precision, run.recipe.train.base_precision)
         and systems[0] == systems[1]
     )
 
@@ -105,7 +105,7 @@ def probe_key(recipe: Recipe, method: Method, mean_length: float) -> str:
     micro = recipe.train.micro_batch_tokens
     assert isinstance(micro, int)
     sizes = {"micro_batch": micro.bit_length(), "document": round(mean_length).bit_length()}
-    choices = {"threads": recipe.train.threads, "shared_prefix": recipe.train.shared_prefix}
+    choices = recipe.train.model_dump(include={"threads", "shared_prefix", "base_precision"})
     found = conditions(recipe, method.compute_bytes) | sizes | choices
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
 

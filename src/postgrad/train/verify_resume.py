@@ -18,7 +18,7 @@ STEPS = 12
 VOLATILE = ("seconds",)
 MEASURED = (
     *("threads", "micro_batch_tokens", "attention_bucket_tokens"),
-    *("gradient_checkpointing", "torch_compile", "cuda_graphs"),
+    *("gradient_checkpointing", "torch_compile", "cuda_graphs", "base_precision"),
 )
 """Keys whose `auto` depends on the moment: two runs may choose differently, a resumed one not."""
 

@@ -71,12 +71,16 @@ def train_model(
             display.note(
                 f"element-wise work is not compiled, so steps are slower: {compiled.detail}"
             )
-    if config.fp8:
+    if config.base_precision in ("int8", "fp8"):
         layers = lora_layers(session.model)
-        kept = [name for name, layer in layers.items() if layer.fp8 is None]
-        run.event("fp8", layers=len(layers) - len(kept), in_bf16=kept)
+        kept = [name for name, layer in layers.items() if layer.eight_bit is None]
+        products = {"precision": config.base_precision, "layers": len(layers) - len(kept)}
+        run.event("eight-bit-products", **products, others=kept)
         if kept:
-            display.note(f"{len(kept)} of {len(layers)} layers stay in bf16: {kept[0]}, ...")
+            display.note(
+                f"{len(kept)} of {len(layers)} layers are not multiplied in "
+                f"{config.base_precision}: {kept[0]}, ..."
+            )
     if not session.objective.fused:
         run.event("logits-kept", reason="this model scales or caps its logits")
     stopping = config.early_stopping
@@ -210,7 +214,7 @@ def _facts(
         "gradient_checkpointing": train.gradient_checkpointing,
         "torch_compile": train.torch_compile,
         "cuda_graphs": bool(train.cuda_graphs) and packed,
-        "fp8": train.fp8,
+        "base_precision": train.base_precision,
         "threads": train.threads,
         "attention_bucket_tokens": train.attention_bucket_tokens,
         "precision": str(session.loaded.dtype).removeprefix("torch."),

@@ -47,7 +47,7 @@ NAMES = (
     "loss-matches-reference",
     "accumulation-invariance",
     "shared-prefix-matches",
-    "fp8-near-bf16",
+    "eight-bit-near",
     "graphs-match",
     "fits-in-memory",
 )
@@ -143,6 +143,11 @@ def refuse(checks: Sequence[Check]) -> None:
 def may_pack(checks: Sequence[Check]) -> bool:
     """Return whether several documents may share a row: the verdict of packing-isolation."""
     return any(check.name == "packing-isolation" and check.data["packed"] for check in checks)
+
+
+def near_in_eight_bits(checks: Sequence[Check]) -> bool:
+    """Return the verdict of eight-bit-near; True where nothing is multiplied in 8 bits."""
+    return all(check.data["near"] for check in checks if check.name == "eight-bit-near")
 
 
 def write_checks(run: Run, checks: Sequence[Check]) -> None:

@@ -18,9 +18,10 @@ from postgrad.data.batches import micro_batches
 from postgrad.data.render import Rendering
 from postgrad.model.attention import BUCKET_LIMIT, is_ours, training_attention
 from postgrad.model.fused import own_layers
+from postgrad.model.lora import eight_bit_weights
 from postgrad.model.transfer import on_device
 from postgrad.train.objective import Objective
-from postgrad.train.preflight.device import fp8_near_bf16, graphs_match
+from postgrad.train.preflight.device import eight_bit_near, graphs_match
 from postgrad.train.preflight.measured import (
     TOLERANCES,
     Measured,
@@ -83,7 +84,11 @@ def check_model(
                 if share and packed
                 else []
             ),
-            *([fp8_near_bf16(model, apart, rows, packed)] if config.fp8 else []),
+            *(
+                [eight_bit_near(model, apart, rows, packed, config.base_precision)]
+                if eight_bit_weights(model)
+                else []
+            ),
             *(
                 [graphs_match(model, cast(Any, objective), rows, tolerance)]
                 if config.cuda_graphs is True and packed
