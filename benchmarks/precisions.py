@@ -1,9 +1,9 @@
-"""Does bf16 cost quality? The same training in float32 and in bf16, over seeds, paired.
+"""Do bf16 and int8 cost quality? The same training in float32 and in each, over seeds, paired.
 
 A seed fixes split, order and the adapter's start, so two runs of one seed differ in precision
 only. Held-out losses are paired by seed (Student's t interval over seeds); answers are paired by
-test row, all seeds together (Tango's interval, exact McNemar test). bf16 costs no quality where
-both intervals stay inside their margins; an interval that reaches beyond one shows nothing.
+test row, all seeds together (Tango's interval, exact McNemar test). A precision costs no quality
+where both intervals stay inside their margins; an interval that reaches beyond one shows nothing.
 """
 
 import math
@@ -19,7 +19,13 @@ from postgrad.evaluate.evidence import read_evidence
 from postgrad.evaluate.statistics import mcnemar_exact, paired_share_interval
 from postgrad.run import open_run
 
-PRECISIONS = ("fp32", "bf16")
+REFERENCE = "fp32"
+PRECISIONS = {
+    REFERENCE: ("model.precision=fp32",),
+    "bf16": ("model.precision=bf16", "train.base_precision=model"),
+    "int8": ("model.precision=bf16", "train.base_precision=int8"),
+}
+"""int8 = bf16, and products with the frozen weights in int8: the default where it is faster."""
 CONFIDENCE = 0.95
 LOSS_MARGIN = 0.02
 """Nats per supervised token of held-out loss: more than this is a cost."""
@@ -53,15 +59,15 @@ def paired(a: dict[str, bool], b: dict[str, bool]) -> tuple[int, int, int]:
 def compare(
     losses: Sequence[tuple[float, float]], rows: Sequence[tuple[int, int, int]]
 ) -> dict[str, Any]:
-    """Return bf16 minus float32 with intervals, and whether it is shown to cost nothing.
+    """Return a precision minus float32 with intervals, and whether it is shown to cost nothing.
 
     Args:
-        losses: Best held-out loss in float32 and in bf16, for each seed.
-        rows: `paired(float32, bf16)` for each seed.
+        losses: Best held-out loss in float32 and in the other, for each seed.
+        rows: `paired(float32, other)` for each seed.
     """
-    differences = [bf16 - fp32 for fp32, bf16 in losses]
-    n, only_fp32, only_bf16 = (sum(each) for each in zip(*rows, strict=True))
-    interval = paired_share_interval(only_bf16, only_fp32, n, CONFIDENCE)
+    differences = [other - fp32 for fp32, other in losses]
+    n, only_fp32, only_other = (sum(each) for each in zip(*rows, strict=True))
+    interval = paired_share_interval(only_other, only_fp32, n, CONFIDENCE)
     low, high = mean_interval(differences)
     return {
         "confidence": CONFIDENCE,
@@ -70,9 +76,9 @@ def compare(
             "seeds": len(differences), "margin": LOSS_MARGIN,
         },
         "accuracy": {
-            "difference": (only_bf16 - only_fp32) / n, "low": interval.low, "high": interval.high,
-            "p": mcnemar_exact(only_bf16, only_fp32), "n": n, "only_fp32_right": only_fp32,
-            "only_bf16_right": only_bf16, "margin": ACCURACY_MARGIN,
+            "difference": (only_other - only_fp32) / n, "low": interval.low, "high": interval.high,
+            "p": mcnemar_exact(only_other, only_fp32), "n": n, "only_fp32_right": only_fp32,
+            "only_other_right": only_other, "margin": ACCURACY_MARGIN,
         },
         "loss_shown": high is not None and high <= LOSS_MARGIN,
         "accuracy_shown": interval.low >= -ACCURACY_MARGIN,
@@ -88,8 +94,8 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | tuple[None, 
     return statistics.mean(values) - half, statistics.mean(values) + half
 
 
-def verdict(found: dict[str, Any]) -> str:
-    """Return the comparison in words."""
+def verdict(name: str, found: dict[str, Any]) -> str:
+    """Return the comparison of a precision with float32 in words."""
     loss, accuracy = found["held_out_loss"], found["accuracy"]
     shown = {True: "shown", False: "NOT shown"}
     interval = "no interval from one seed"
@@ -97,14 +103,14 @@ def verdict(found: dict[str, Any]) -> str:
         interval = f"95 % {loss['low']:+.4f} to {loss['high']:+.4f}, {loss['seeds']} seeds"
     return "\n".join(
         [
-            f"held-out loss, bf16 minus fp32: {loss['difference']:+.4f} nats per token "
+            f"held-out loss, {name} minus fp32: {loss['difference']:+.4f} nats per token "
             f"({interval}); "
             f"no more than {loss['margin']:g} higher: {shown[found['loss_shown']]}",
-            f"accuracy, bf16 minus fp32: {100 * accuracy['difference']:+.1f} points "
+            f"accuracy, {name} minus fp32: {100 * accuracy['difference']:+.1f} points "
             f"(95 % {100 * accuracy['low']:+.1f} to {100 * accuracy['high']:+.1f}, "
             f"{accuracy['n']} rows, p {accuracy['p']:.2g}); "
             f"no more than {100 * accuracy['margin']:g} lower: {shown[found['accuracy_shown']]}",
-            "bf16 costs no quality: " + shown[found["loss_shown"] and found["accuracy_shown"]],
+            f"{name} costs no quality: " + shown[found["loss_shown"] and found["accuracy_shown"]],
         ]
     )
 

@@ -3,8 +3,8 @@
 Usage: python benchmarks/quality.py [--precisions] [--banking77 DIR] [KEY=VALUE ...]. Every figure
 comes from `postgrad run ... --json` in a process of its own; the linear model (evaluate/linear.py)
 learns from the rows that the tuned model was trained on and labels the rows that it was tested on,
-so the two are compared row by row. --precisions asks another question, on fewer rows: does bf16
-cost quality against float32 (precisions.py)? Prints a table last and writes
+so the two are compared row by row. --precisions asks another question, on fewer rows: do bf16 and
+int8 cost quality against float32 (precisions.py)? Prints a table last and writes
 benchmarks/results/<date>-....json.
 """
 
@@ -223,7 +223,7 @@ def arguments() -> argparse.Namespace:
         "--prompting", action="store_true", help="measure the base model's arms too"
     )
     parser.add_argument(
-        "--precisions", action="store_true", help="bf16 against float32, on fewer rows"
+        "--precisions", action="store_true", help="bf16, int8 against float32, fewer rows"
     )
     parser.add_argument("--quick", action="store_true", help="a few steps: proves that it runs")
     parser.add_argument("--out", type=Path, help="the JSON; default: benchmarks/results/...")
@@ -255,32 +255,43 @@ def quality_of(options: argparse.Namespace, names: Sequence[str], folder: Path) 
 def precisions_of(
     options: argparse.Namespace, names: Sequence[str], folder: Path
 ) -> dict[str, Any]:
-    """Return task -> its recipe, two runs for each seed, and bf16 compared with float32."""
+    """Return task -> its recipe, a run for each seed and precision, and how float32 compares."""
     tasks: dict[str, Any] = {}
     for name in names:
         recipe, overrides = task_of(options, name)
         overrides += ["evaluate.fewshot=[]", *precisions.REDUCED]
         overrides += [*(QUICK if options.quick else ()), *options.overrides]
         runs: list[dict[str, Any]] = []
-        losses, pairs = [], []
+        rights: dict[tuple[int, str], dict[str, bool]] = {}
+        losses: dict[tuple[int, str], float] = {}
         for seed in options.seeds:
-            rights = []
-            for precision in precisions.PRECISIONS:
+            for precision, chosen in precisions.PRECISIONS.items():
                 say(f"{name}, seed {seed}, {precision}")
                 out = folder / f"{name}-{seed}-{precision}"
-                found = measure(recipe, [*overrides, f"model.precision={precision}"], seed, out)
-                runs.append({"precision": precision, **found})
-                rights.append(precisions.answers(out))
+                found = measure(recipe, [*overrides, *chosen], seed, out)
+                runs.append({**found, "precision": precision})
+                rights[seed, precision] = precisions.answers(out)
+                losses[seed, precision] = found["train"]["best_loss"]
                 say(
                     f"  held-out loss {found['train']['best_loss']:.4f}, tuned {found['tuned']:.3f}"
                 )
-            fp32, bf16 = (run["train"]["best_loss"] for run in runs[-2:])
-            losses.append((fp32, bf16))
-            pairs.append(precisions.paired(*rights))
         tasks[name] = {
             "recipe": portable(load_recipe(recipe, overrides)),
             "runs": runs,
-            "comparison": precisions.compare(losses, pairs),
+            "comparisons": {
+                name: precisions.compare(
+                    [
+                        (losses[seed, precisions.REFERENCE], losses[seed, name])
+                        for seed in options.seeds
+                    ],
+                    [
+                        precisions.paired(rights[seed, precisions.REFERENCE], rights[seed, name])
+                        for seed in options.seeds
+                    ],
+                )
+                for name in precisions.PRECISIONS
+                if name != precisions.REFERENCE
+            },
         }
     return tasks
 
@@ -309,8 +320,9 @@ def main() -> None:
     path = write_result(document, title, options.out)
     if options.precisions:
         for name, task in tasks.items():
-            found = precisions.verdict(task["comparison"])
-            print(f"{name}\n{precisions.precision_table(task['runs'])}\n\n{found}")
+            print(f"{name}\n{precisions.precision_table(task['runs'])}\n")
+            for precision, found in task["comparisons"].items():
+                print(precisions.verdict(precision, found))
     else:
         print(quality_table(tasks))
         print(misses(tasks))

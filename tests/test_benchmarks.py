@@ -317,7 +317,7 @@ def test_loss_curves_are_judged_against_the_reference():
     assert [row["holds"] for row in higher["tolerances"]] == [True, False, False]
 
 
-def test_bf16_is_shown_to_cost_nothing_or_is_not():
+def test_a_precision_is_shown_to_cost_nothing_or_is_not():
     from precisions import compare, mean_interval, paired, verdict
 
     a = {"1": True, "2": True, "3": False, "4": False}
@@ -330,13 +330,13 @@ def test_bf16_is_shown_to_cost_nothing_or_is_not():
     assert (low, high) == pytest.approx((0.01 - 0.024842, 0.01 + 0.024842), abs=1e-6)
     close = compare([(0.5, 0.501), (0.6, 0.6), (0.55, 0.551)], [(240, 2, 2)] * 3)
     assert (close["loss_shown"], close["accuracy_shown"]) == (True, True)
-    assert verdict(close).endswith("bf16 costs no quality: shown")
+    assert verdict("bf16", close).endswith("bf16 costs no quality: shown")
     worse = compare([(0.5, 0.6), (0.6, 0.7), (0.5, 0.55)], [(240, 30, 2)] * 3)
     assert (worse["loss_shown"], worse["accuracy_shown"]) == (False, False)
     assert worse["accuracy"]["difference"] == pytest.approx(-84 / 720)
     alone = compare([(0.5, 0.5)], [(240, 0, 0)])
     assert (alone["held_out_loss"]["high"], alone["loss_shown"]) == (None, False)
-    assert "no interval from one seed" in verdict(alone)
+    assert "no interval from one seed" in verdict("int8", alone)
 
 
 def test_hardware_names_are_fit_for_file_names():
