@@ -14,6 +14,7 @@ from torch import Tensor
 
 from postgrad.model.kernels import call, usable
 from postgrad.model.layout import Layout
+from postgrad.model.short_attention import fits, short_attention
 
 LENGTH_MULTIPLE = 16
 """A bucket is padded to a multiple of this many tokens and holds a power of two of documents, so
@@ -137,6 +138,8 @@ def bucketed_attention(
 
     q [T, H, D], k and v [T, K, D], H a multiple of K -> [T, H, D].
     """
+    if softcap is None and fits(q, k, v, layout, limit):
+        return short_attention(q, k, v, layout, limit, scale)
     buckets = make_buckets(layout, limit, q.device)
     scores = Scores(scale, layout.window, softcap)
     return _BucketAttention.apply(q, k, v, buckets, scores)  # type: ignore[no-untyped-call,no-any-return]

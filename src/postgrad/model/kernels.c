@@ -15,6 +15,12 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#define THREAD omp_get_thread_num()
+#else
+#define THREAD 0
+#endif
 
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
@@ -61,6 +67,8 @@ static inline float exponential(float x) {
     float power = bits_to_float((uint32_t)((int32_t)n + 127) << 23);
     return x < -87.0f ? 0.0f : p * power;
 }
+
+#include "attention.c"
 
 #define ELEMENT float
 #define SUFFIX f32
@@ -410,5 +418,7 @@ void NAME(scatter)(const ELEMENT *restrict x, const int64_t *restrict index, ELE
     for (int64_t row = 0; row < rows; row++)
         memcpy(out + index[row] * width, x + row * width, width * sizeof(ELEMENT));
 }
+
+#include "attention.c"
 
 #endif

@@ -21,6 +21,7 @@ from torch import Tensor
 from postgrad.sources import cache_directory
 
 SOURCE = Path(__file__).with_name("kernels.c")
+INCLUDED = (Path(__file__).with_name("attention.c"),)
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 """Nothing that changes results: sums keep their order but where the source says otherwise."""
 ATTEMPTS = (("-march=native", "-fopenmp"), ("-march=native",), ())
@@ -46,7 +47,8 @@ def kernels() -> Kernels:
     if compiler is None:
         return Kernels(None, "no C compiler (cc) on this machine")
     version = _first_line([compiler, "--version"])
-    key = "\n".join([SOURCE.read_text(encoding="utf-8"), compiler, version, _processor(), *FLAGS])
+    texts = [path.read_text(encoding="utf-8") for path in (SOURCE, *INCLUDED)]
+    key = "\n".join([*texts, compiler, version, _processor(), *FLAGS])
     target = cache_directory() / "kernels" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     try:
         if not target.exists():
