@@ -1,10 +1,11 @@
 """Do both sides compute the same training? The same batches, order, adapter and learning rate.
 
-Usage: python benchmarks/loss_curves.py [--steps N]. Four LoRA trainings on short rows, four rows a
-step: postgrad and TRL, each in float32 and in bf16 as it does it by default. TRL in float32 is the
-reference. In float32 the curves must be equal but for rounding; the distance between TRL's own two
-curves says how much bf16 moves a curve at all, and postgrad's bf16 curve may be no further from the
-reference than twice that, and no higher or lower on average than a stated share of the loss.
+Usage: python benchmarks/loss_curves.py [--steps N]. Five LoRA trainings on short rows, four rows a
+step: postgrad and TRL, each in float32 and in bf16, postgrad also with frozen weights in int8, its
+default. TRL in float32 is the reference. In float32 the curves must be equal but for rounding; the
+distance between TRL's own two curves says how much bf16 moves a curve at all, and postgrad's curves
+in bf16 and int8 may be no further from the reference than twice that, and no higher or lower on
+average than a stated share of the loss.
 """
 
 import argparse
@@ -37,20 +38,26 @@ SEED = 7
 LEARNING_RATE = 1e-3
 FLOAT32_TOLERANCE = 1e-3
 """Largest mean difference, as a share of the mean loss, that counts as rounding in float32."""
+PRECISIONS = {
+    "int8": ["model.precision=bf16", "train.base_precision=int8"],
+    "bf16": ["model.precision=bf16", "train.base_precision=model"],
+    "fp32": ["model.precision=fp32"],
+}
+"""How postgrad trains."""
 NOISE_FACTOR = 2.0
-"""bf16 may be so many times as far from the reference as TRL's bf16 is."""
+"""bf16 and int8 may be so many times as far from the reference as TRL's bf16 is."""
 BIAS_TOLERANCE = 0.01
 """bf16 may be this share of the mean loss higher or lower than the reference on average."""
 LIMIT_SECONDS = 3600.0
 
 
 def compare(bench: Bench, data: Path, steps: int, size: int) -> dict[str, Any]:
-    """Train four times on the first rows of `data`; returns the curves and their distances."""
-    say(f"loss curves: {steps} steps of {size} rows, four times")
+    """Train five times on the first rows of `data`; returns the curves and their distances."""
+    say(f"loss curves: {steps} steps of {size} rows, five times")
     curves: dict[str, list[float]] = {}
     shared = bench.place("same-batches")
     shared.mkdir()
-    for precision in ("bf16", "fp32"):
+    for precision in PRECISIONS:
         curves[f"postgrad {precision}"] = _postgrad(bench, data, steps, size, precision, shared)
         say(f"  postgrad {precision}: last loss {curves[f'postgrad {precision}'][-1]:.4f}")
     for precision in ("bf16", "fp32"):
@@ -69,15 +76,14 @@ def judge(curves: dict[str, list[float]]) -> dict[str, Any]:
     """Return the distances of the curves and whether each tolerance holds."""
     reference = curves["TRL fp32"]
     exact = distance(curves["postgrad fp32"], reference)
-    reduced = distance(curves["postgrad bf16"], reference)
+    reduced = {name: distance(curves[f"postgrad {name}"], reference) for name in ("bf16", "int8")}
     noise = distance(curves["TRL bf16"], reference)
     mean = sum(reference) / len(reference)
     quarter = max(1, len(reference) // 4)
-    bias = abs(reduced["signed_mean"]) / mean
     return {
         "distances": {
             "postgrad fp32 and TRL fp32": exact,
-            "postgrad bf16 and TRL fp32": reduced,
+            **{f"postgrad {name} and TRL fp32": found for name, found in reduced.items()},
             "postgrad bf16 and TRL bf16": distance(curves["postgrad bf16"], curves["TRL bf16"]),
             "TRL bf16 and TRL fp32 (noise)": noise,
         },
@@ -87,10 +93,16 @@ def judge(curves: dict[str, list[float]]) -> dict[str, Any]:
         "tolerances": [
             _held("float32: mean difference to the reference, share of the mean loss",
                   exact["relative"], FLOAT32_TOLERANCE),
-            _held("bf16: mean difference to the reference, times that of TRL's bf16",
-                  reduced["mean"] / noise["mean"] if noise["mean"] else 0.0, NOISE_FACTOR),
-            _held("bf16: higher or lower than the reference on average, share of the mean loss",
-                  bias, BIAS_TOLERANCE),
+            *(
+                _held(f"{name}: mean difference to the reference, times that of TRL's bf16",
+                      found["mean"] / noise["mean"] if noise["mean"] else 0.0, NOISE_FACTOR)
+                for name, found in reduced.items()
+            ),
+            *(
+                _held(f"{name}: higher or lower than the reference, share of the mean loss",
+                      abs(found["signed_mean"]) / mean, BIAS_TOLERANCE)
+                for name, found in reduced.items()
+            ),
         ],
     }  # fmt: skip
 
@@ -143,7 +155,7 @@ def _postgrad(
         "overrides": [
             f"data.train={data}",
             f"model.base={bench.model}",
-            f"model.precision={precision}",
+            *PRECISIONS[precision],
             f"train.learning_rate={LEARNING_RATE}",
         ],
         "steps": steps,

@@ -307,14 +307,15 @@ def test_loss_curves_are_judged_against_the_reference():
         "TRL bf16": [4.01, 1.99, 1.01, 0.99],
         "postgrad fp32": [4.001, 2.0, 1.0, 1.0],
         "postgrad bf16": [3.985, 2.015, 0.985, 1.015],
+        "postgrad int8": [3.985, 2.015, 0.985, 1.015],
     }
     found = judge(curves)
-    assert [row["holds"] for row in found["tolerances"]] == [True, True, True]
+    assert [row["holds"] for row in found["tolerances"]] == [True] * 5
     assert found["last_quarter_mean"]["postgrad bf16"] == 1.015
     shown = text({**found, "steps": 4, "rows_per_step": 4, "learning_rate": 1e-3})
-    assert shown.count("yes") == 3
+    assert shown.count("yes") == 5
     higher = judge({**curves, "postgrad bf16": [loss + 0.03 for loss in reference]})
-    assert [row["holds"] for row in higher["tolerances"]] == [True, False, False]
+    assert [row["holds"] for row in higher["tolerances"]] == [True, False, True, False, True]
 
 
 def test_a_precision_is_shown_to_cost_nothing_or_is_not():
