@@ -7,7 +7,7 @@ import pytest
 from report_runs import SHARES, TASK, answered, recipe, write_data, write_evaluation, write_training
 
 from postgrad.errors import RunError
-from postgrad.report.collect import collect
+from postgrad.report.collect import Training, collect
 from postgrad.run import create_run
 
 
@@ -157,3 +157,19 @@ def test_metrics_without_a_step_are_refused(finished):
     finished.metrics_path.write_text('{"loss": 1}\n')
     with pytest.raises(RunError, match=r"metrics\.jsonl:1: no step"):
         collect(finished)
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"precision": "bfloat16"}, "bfloat16"),
+        ({"precision": "bfloat16", "base_precision": "model"}, "bfloat16"),
+        ({"precision": None, "base_precision": "int8"}, None),
+        (
+            {"precision": "bfloat16", "base_precision": "int8"},
+            "bfloat16, frozen weights in int8 while training",
+        ),
+    ],
+)
+def test_what_training_computed_in(facts, words):
+    assert Training(**facts).precision_in_words == words

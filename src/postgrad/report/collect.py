@@ -166,12 +166,20 @@ class Training:
     threads: int | None = None
     attention_bucket_tokens: int | None = None
     precision: str | None = None
+    base_precision: str | None = None
     packed: bool | None = None
     restored_loss: float | None = None
     probe_kl: float | None = None
     retention: Mapping[str, Retained] | None = None
     """Benchmark -> what was left of it at the kept step, where a floor was set."""
     stop_reason: str | None = None
+
+    @property
+    def precision_in_words(self) -> str | None:
+        """What training computed in; None when that is not known."""
+        if self.precision is None or self.base_precision in (None, "model", "auto"):
+            return self.precision
+        return f"{self.precision}, frozen weights in {self.base_precision} while training"
 
 
 @dataclass(frozen=True, slots=True)

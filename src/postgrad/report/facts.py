@@ -188,7 +188,7 @@ def training_facts(report: Report) -> Html | None:
             ("Peak learning rate", number(t.learning_rate)),
             ("Tokens per batch", _count(t.tokens_per_batch)),
             ("Tokens per forward pass", _count(t.micro_batch_tokens)),
-            ("Precision", t.precision or NOT_MEASURED),
+            ("Precision", t.precision_in_words or NOT_MEASURED),
             ("Attention in batches up to", _tokens(t.attention_bucket_tokens)),
             ("Packed", {True: "yes", False: "no", None: NOT_MEASURED}[t.packed]),
         ]

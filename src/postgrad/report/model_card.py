@@ -219,7 +219,7 @@ def _training(report: Report) -> list[str]:
         ("Passes over the rows", number(training.epochs, 3)),
         ("Tokens", f"{_count(training.tokens)} (supervised: {_count(training.supervised_tokens)})"),
         ("Tokens per batch", _count(training.tokens_per_batch)),
-        ("Precision, packed", f"{training.precision or NOT_MEASURED}, {packed}"),
+        ("Precision, packed", f"{training.precision_in_words or NOT_MEASURED}, {packed}"),
         ("Parameters trained", _count(training.trainable_parameters)),
         ("Parameters in all", _count(training.total_parameters)),
         ("Speed", f"{_count(training.tokens_per_second)} tokens per second"),
