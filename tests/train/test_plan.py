@@ -92,3 +92,11 @@ def test_a_run_has_at_least_ten_evaluations_when_it_has_ten_steps(steps):
     assert every >= 1
     assert steps // every >= min(10, steps)
     assert steps // every < 20
+
+
+@given(st.integers(1, 100_000), st.integers(64, 4096))
+def test_micro_batches_of_a_step_are_as_few_as_possible_and_even(batch, most):
+    found = plan.even_share(batch, most)
+    assert found <= most
+    assert found * -(-batch // most) >= batch  # no more passes than with the largest
+    assert found <= 1.05 * batch / -(-batch // most) + 1

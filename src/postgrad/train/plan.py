@@ -12,6 +12,8 @@ EVALUATIONS = 10
 CPU_MICRO_BATCH = 2048
 """Beyond two thousand tokens a CPU gains no speed, only memory grows (LOG.md, 2026-11-25)."""
 GPU_MICRO_BATCH = 16384
+UNEVEN = 1.05
+"""Room for documents that do not divide evenly over the micro-batches of a step."""
 ACTIVATION_SHARE = 0.5
 """Share of the free memory that activations may take."""
 CHECKPOINT_SHARE = 0.8
@@ -32,6 +34,18 @@ def auto_learning_rate(adapt: LoraConfig | FullConfig, parameters: int) -> float
     if adapt.kind == "lora":
         return 1e-3 if parameters < 4e9 else 3e-4
     return 1e-5 if parameters <= 3.5e9 else 5e-6
+
+
+def even_share(batch: int, most: int) -> int:
+    """Return the tokens of a micro-batch when a step takes as few as possible, of equal size.
+
+    As many passes as with `most` tokens in each, and less memory.
+
+    >>> even_share(2000, 2048), even_share(2709, 2048)
+    (2000, 1423)
+    """
+    passes = math.ceil(batch / most)
+    return batch if passes == 1 else min(most, math.ceil(UNEVEN * batch / passes))
 
 
 def resolve_train(
@@ -61,7 +75,7 @@ def resolve_train(
         checkpointing = smallest * bytes_per_token(False) > free_bytes * CHECKPOINT_SHARE
     if micro == "auto":
         fitting = int(free_bytes * ACTIVATION_SHARE / bytes_per_token(checkpointing))
-        preferred = GPU_MICRO_BATCH if on_gpu else CPU_MICRO_BATCH
+        preferred = GPU_MICRO_BATCH if on_gpu else even_share(batch, CPU_MICRO_BATCH)
         micro = max(longest, min(batch, fitting, preferred))
     return config.model_copy(
         update={
