@@ -57,9 +57,11 @@ def run_seeds(recipe: Recipe, count: int, options: Options) -> dict[str, Any]:
         members: list[Run] = []
         for seed in range(recipe.seed, recipe.seed + count):
             own = recipe.with_seed(seed)
-            if members:  # one learning curve is enough
+            if members:  # one learning curve is enough, and seeds differ in nothing but the seed
                 settings = own.evaluate.model_copy(update={"learning_curve": ()})
-                own = own.model_copy(update={"evaluate": settings})
+                same = {"base_precision": members[0].config.train.base_precision}
+                training = own.train.model_copy(update=same)
+                own = own.model_copy(update={"evaluate": settings, "train": training})
             member = Run(parent.seeds / str(seed))
             if not _is_done(member):
                 inside = _inside(options, member)

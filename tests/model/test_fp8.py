@@ -8,7 +8,8 @@ from torch.utils.checkpoint import checkpoint
 from postgrad import estimate
 from postgrad.config import LoraConfig
 from postgrad.model import compiled, fp8, lora
-from postgrad.model.fp8 import Fp8Weight, quantised, shared_input
+from postgrad.model.fp8 import Fp8Weight, quantised
+from postgrad.model.frozen import SharedInput
 from training import load_model
 
 torch.set_num_threads(1)
@@ -51,7 +52,7 @@ def test_a_row_of_zeros_stays_one():
     x[3] = 0
     weight = made(48, 64, seed=1)
     assert (plain(quantised(x))[3] == 0).all()
-    y = Fp8Weight.of(weight, shared_input()).forward(x, None)
+    y = Fp8Weight.of(weight, SharedInput()).forward(x, None)
     assert (y[3] == 0).all()
     assert torch.isfinite(y).all()
 
@@ -60,7 +61,7 @@ def test_a_row_of_zeros_stays_one():
 def test_what_is_not_finite_is_not_clipped(bad):
     x = made(32, 64)
     x[5, 7] = bad
-    weight = Fp8Weight.of(made(48, 64, seed=1), shared_input())
+    weight = Fp8Weight.of(made(48, 64, seed=1), SharedInput())
     y = weight.forward(x, None)
     assert not torch.isfinite(y[5]).any()
     assert torch.isfinite(y[[*range(5), *range(6, 32)]]).all()
@@ -79,32 +80,32 @@ def test_a_product_is_that_of_the_quantised_matrices():
 def test_products_of_any_number_of_rows(rows, bias):
     weight, x, grad = made(48, 64), made(rows, 64, seed=1), made(rows, 48, seed=2)
     b = made(48, seed=3) if bias else None
-    found = Fp8Weight.of(weight, shared_input())
+    found = Fp8Weight.of(weight, SharedInput())
     forward, backward = found.forward(x, b), found.backward(grad)
     assert (forward.dtype, forward.shape) == (torch.bfloat16, (rows, 48))
     assert backward.shape == (rows, 64)
     wanted = nn.functional.linear(x.float(), weight.float(), None if b is None else b.float())
     assert error(forward, wanted) < PRODUCT
     assert error(backward, grad.float() @ weight.float()) < PRODUCT
-    same = Fp8Weight.of(weight, shared_input()).forward(x.t().contiguous().t(), b)
+    same = Fp8Weight.of(weight, SharedInput()).forward(x.t().contiguous().t(), b)
     assert torch.equal(same, forward)
 
 
 @pytest.mark.parametrize("shape", [(40, 64), (64, 40), (8, 8)])
 def test_widths_that_the_product_does_not_take_are_left_alone(shape):
-    assert Fp8Weight.of(made(*shape), shared_input()) is None
+    assert Fp8Weight.of(made(*shape), SharedInput()) is None
 
 
 def test_an_input_of_several_layers_is_quantised_once(monkeypatch):
     seen, definition = [], fp8.quantise_definition
     monkeypatch.setattr(fp8, "quantise_definition", lambda x: seen.append(x) or definition(x))
-    inputs, x = shared_input(), made(2, 16, 64)
-    first = inputs(x)
-    assert inputs(x) is first
+    inputs, x = SharedInput(), made(2, 16, 64)
+    first = inputs(x, fp8.padded_rows)
+    assert inputs(x, fp8.padded_rows) is first
     assert len(seen) == 1
     x.mul_(2)
-    assert torch.equal(inputs(x).scales, 2 * first.scales)
-    inputs(x.clone())
+    assert torch.equal(inputs(x, fp8.padded_rows).scales, 2 * first.scales)
+    inputs(x.clone(), fp8.padded_rows)
     assert len(seen) == 3
 
 
@@ -236,7 +237,7 @@ def test_rows_are_quantised_on_a_device_as_on_a_cpu(device, compiling, width):
             assert error(plain(found).cpu(), plain(wanted)) < 5e-3  # a quotient on an edge
         for bad in (float("nan"), float("inf")):
             x[0, 0] = bad
-            weight = Fp8Weight.of(made(48, width).to(device), shared_input())
+            weight = Fp8Weight.of(made(48, width).to(device), SharedInput())
             y = weight.forward(x.to(device), None)
             assert not torch.isfinite(y[0]).any()
             assert torch.isfinite(y[1:]).all()
@@ -249,7 +250,7 @@ def test_rows_are_quantised_on_a_device_as_on_a_cpu(device, compiling, width):
 @pytest.mark.parametrize("shape", [(48, 64), (1024, 4096), (4096, 1024), (576, 1536)])
 def test_products_on_a_device(device, rows, shape):
     weight, x, grad = made(*shape), made(rows, shape[1], seed=1), made(rows, shape[0], seed=2)
-    copies = Fp8Weight.of(weight.to(device), shared_input())
+    copies = Fp8Weight.of(weight.to(device), SharedInput())
     a, b = quantised(x.to(device)), copies.by_output
     forward = copies.forward(x.to(device), None)
     assert error(forward, plain(a) @ plain(b).t()) < 2e-2  # fast accumulation

@@ -7,7 +7,8 @@ from torch import nn
 from postgrad import estimate
 from postgrad.config import LoraConfig
 from postgrad.model import int8, kernels, lora
-from postgrad.model.int8 import Int8Weight, dequantised, quantised, shared_input
+from postgrad.model.frozen import SharedInput
+from postgrad.model.int8 import Int8Weight, dequantised, quantised
 
 torch.set_num_threads(1)
 
@@ -57,8 +58,6 @@ def test_the_kernels_are_their_definitions(dtype, shape, columns):
     assert (apart > 0).float().mean() < 0.01
     sums = torch.randint(-(10**6), 10**6, shape, dtype=torch.int32)
     for bias in (None, made(shape[1], seed=2, dtype=dtype)):
-        if bias is not None and factors is None:
-            continue
         y = dequantised(sums, scales, factors, bias, dtype)
         wanted = int8.dequantise_definition(sums, scales, factors, bias)
         torch.testing.assert_close(y, wanted.to(dtype), rtol=1e-2, atol=1e-6)
@@ -80,7 +79,7 @@ def test_a_row_of_zeros_stays_one(realisation):
     x[3] = 0
     x[4] = 1e-38
     assert (plain(quantised(x))[3:5] == 0).all()
-    y = Int8Weight.of(made(128, 512, seed=1), shared_input()).forward(x, None)
+    y = Int8Weight.of(made(128, 512, seed=1), SharedInput()).forward(x, None)
     assert (y[3:5] == 0).all()
     assert torch.isfinite(y).all()
 
@@ -89,7 +88,7 @@ def test_a_row_of_zeros_stays_one(realisation):
 def test_what_is_not_finite_is_not_clipped(realisation, bad):
     x = made(32, 512)
     x[5, 7] = bad
-    weight = Int8Weight.of(made(128, 512, seed=1), shared_input())
+    weight = Int8Weight.of(made(128, 512, seed=1), SharedInput())
     y = weight.forward(x, None)
     assert not torch.isfinite(y[5]).any()
     assert torch.isfinite(y[[*range(5), *range(6, 32)]]).all()
@@ -105,7 +104,7 @@ def test_products_of_any_number_of_rows(realisation, dtype, rows, bias):
     weight = made(192, 576, dtype=dtype)
     x, grad = made(rows, 576, seed=1, dtype=dtype), made(rows, 192, seed=2, dtype=dtype)
     b = made(192, seed=3, dtype=dtype) if bias else None
-    eight = Int8Weight.of(weight, shared_input())
+    eight = Int8Weight.of(weight, SharedInput())
     forward, backward = eight.forward(x, b), eight.backward(grad)
     assert (forward.dtype, forward.shape) == (dtype, (rows, 192))
     assert (backward.dtype, backward.shape) == (dtype, (rows, 576))
@@ -114,7 +113,7 @@ def test_products_of_any_number_of_rows(realisation, dtype, rows, bias):
     assert error(backward, grad.float() @ weight.float()) < PRODUCT
     exact = plain(quantised(x)) @ plain(eight.weight).t()
     assert error(forward, exact if b is None else exact + b.float()) < 3e-3
-    one_by_one = [Int8Weight.of(weight, shared_input()).forward(row, b) for row in x.split(1)]
+    one_by_one = [Int8Weight.of(weight, SharedInput()).forward(row, b) for row in x.split(1)]
     assert torch.equal(torch.cat(one_by_one), forward)  # a row does not depend on the others
 
 
@@ -141,12 +140,12 @@ def test_a_processor_whose_sums_overflow_is_not_used(monkeypatch):
 
 @pytest.mark.parametrize(("shape", "taken"), [((128, 511), False), ((128, 512), True)])
 def test_small_layers_are_left_alone(shape, taken):
-    assert (Int8Weight.of(made(*shape), shared_input()) is not None) == taken
+    assert (Int8Weight.of(made(*shape), SharedInput()) is not None) == taken
 
 
 def test_a_layer_that_is_too_wide_for_exact_sums_is_left_alone():
-    assert Int8Weight.of(torch.ones(1, int8.WIDEST), shared_input()) is not None
-    assert Int8Weight.of(torch.ones(1, int8.WIDEST + 1), shared_input()) is None
+    assert Int8Weight.of(torch.ones(1, int8.WIDEST), SharedInput()) is not None
+    assert Int8Weight.of(torch.ones(1, int8.WIDEST + 1), SharedInput()) is None
 
 
 def test_the_estimate_counts_the_layers_that_are_quantised():
@@ -165,6 +164,36 @@ def test_an_input_of_several_layers_is_quantised_once(monkeypatch):
     x = made(2, 16, 512).requires_grad_()
     sum(layer(x).float().sum() for layer in layers).backward()
     assert len(seen) - of_weights == 1 + len(layers)  # the input once, each gradient
+
+
+def test_the_largest_channels_are_kept_apart():
+    """An input with channels of 30 times the size, as language models have them."""
+    x, weight = made(64, 576, dtype=torch.float32), made(192, 576, seed=1)
+    large = [3, 77, 78, 400]
+    x[:, large] *= 30
+    x = x.bfloat16()
+    layers = nn.ModuleDict({"a": nn.Linear(576, 192), "b": nn.Linear(576, 10)})
+    with int8.watched_inputs(layers) as largest:
+        for part in x.float().split(16):
+            layers["a"](part)
+            layers["b"](part)
+    layers["a"](100 * x.float())  # nobody watches any more
+    assert torch.equal(largest["a"], x.abs().amax(0).float())
+    split = int8.split_of(largest["a"], int8.Split())
+    assert int8.split_of(largest["b"], split) is split
+    assert int8.split_of(largest["b"].flip(0), split) is not split
+    assert int8.split_of(torch.ones(64), split).apart.shape == (8,)
+    assert set(large) < set(split.apart.tolist())
+    assert split.columns.nonzero().numel() == 576 - int8.APART
+    exact = x.float() @ weight.float().t()
+    together = Int8Weight.of(weight, SharedInput())
+    apart = Int8Weight.of(weight, SharedInput(), split)
+    assert error(together.forward(x, None), exact) > 2 * PRODUCT
+    assert error(apart.forward(x, None), exact) < PRODUCT / 2
+    grad = made(64, 192, seed=2)
+    assert torch.equal(apart.backward(grad), together.backward(grad))
+    x[5, 77] = float("nan")
+    assert apart.forward(x, None)[5].isnan().all()
 
 
 def step(model, x):
@@ -214,7 +243,7 @@ def test_threads_change_no_bit():
     found = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        eight = Int8Weight.of(weight, shared_input())
+        eight = Int8Weight.of(weight, SharedInput())
         found.append((eight.forward(x, None), eight.backward(made(301, 192, seed=2))))
     torch.set_num_threads(1)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

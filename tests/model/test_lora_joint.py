@@ -8,7 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from postgrad.config import LoraConfig
 from postgrad.model import lora, lora_joint
 from postgrad.model.attention import training_attention
-from postgrad.model.fp8 import Fp8Weight, shared_input
+from postgrad.model.fp8 import Fp8Weight
+from postgrad.model.frozen import SharedInput
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +70,7 @@ def test_what_is_more_than_plain_is_computed_one_by_one():
     with torch.no_grad():
         assert lora_joint.together(made(), x) is None
     layers = made((16, 16))
-    layers[1].eight_bit = Fp8Weight.of(layers[1].base.weight, shared_input())
+    layers[1].eight_bit = Fp8Weight.of(layers[1].base.weight, SharedInput())
     assert lora_joint.together(layers, x) is None
     layers = made()
     with lora.disabled(nn.ModuleList(layers)):

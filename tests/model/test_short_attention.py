@@ -113,3 +113,18 @@ def test_it_is_taken_where_it_is_faster(monkeypatch):
     assert len(called) == 1
     monkeypatch.setattr(kernels, "kernels", lambda: kernels.Kernels(None, "off"))
     assert not fits(q, k, v, LAYOUT, 1000)
+
+
+def test_training_after_an_inference_with_the_same_documents():
+    """What is kept of a layout must not be an inference tensor."""
+    layout = Layout((3, 11, 8))
+    q, k, v = made(layout.tokens)
+    with torch.inference_mode():
+        bucketed_attention(q, k, v, layout, 977, 0.2, None)
+    passes(q, k, v, layout, 977)
+
+
+def test_a_whole_number_is_a_scale():
+    q, k, v = made(LAYOUT.tokens)
+    found = [short_attention.short_attention(q, k, v, LAYOUT, 1000, scale) for scale in (1, 1.0)]
+    assert torch.equal(*found)

@@ -407,3 +407,12 @@ def test_a_session_resolves_every_auto(tiny_model_dir, tmp_path):
     assert session.attention_probe == AttentionProbe(CERTAIN, {}), "rows too short to measure"
     assert session.attention_probe.limit == train.attention_bucket_tokens
     assert all(p.grad is None for p in session.model.parameters())
+
+
+def test_without_int8_products_in_torch_training_goes_on(tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(int8, "SMALLEST", 1)
+    monkeypatch.delattr(torch, "_int_mm")
+    session, _ = prepare(tiny_model_dir, tmp_path, model={"precision": "bf16"})
+    assert session.settled(()).recipe.train.base_precision == "model"
+    with pytest.raises(TrainingError, match="has no int8 products"):
+        prepare(tiny_model_dir, tmp_path, base_precision="int8", model={"precision": "bf16"})

@@ -81,7 +81,7 @@ def packed_attention(
     """
     _refuse(module, attention_mask, others)
     batch, heads, length, width = query.shape
-    scale = scaling if scaling is not None else width**-0.5
+    scale = float(scaling) if scaling is not None else width**-0.5
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)

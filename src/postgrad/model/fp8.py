@@ -74,9 +74,9 @@ def quantise_definition(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() / scales).to(torch.float8_e4m3fn), scales
 
 
-def shared_input() -> SharedInput[Quantised]:
-    """Return what quantises the inputs of a model's layers."""
-    return SharedInput(lambda rows: quantised(_padded(rows)))
+def padded_rows(x: Tensor) -> Quantised:
+    """Quantise the rows of x [R, K], rows of zeros added up to a multiple of 16."""
+    return quantised(_padded(x))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class Fp8Weight:
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return x Wᵀ + b [T, out] for x [..., in] of T rows in all."""
-        y = self.inputs(x).product(self.by_output)[: x.numel() // x.shape[-1]]
+        y = self.inputs(x, padded_rows).product(self.by_output)[: x.numel() // x.shape[-1]]
         return y if bias is None else y.add_(bias)
 
     def backward(self, grad: Tensor) -> Tensor:

@@ -31,18 +31,24 @@ class SharedInput(Generic[Copy]):
     Query, key and value have the same input, gate and up too.
     """
 
-    def __init__(self, quantise: Callable[[Tensor], Copy]) -> None:
-        """Begin with nothing quantised; `quantise` gets rows [T, in]."""
-        self._quantise = quantise
-        self._of: tuple[weakref.ref[Tensor], int] | None = None
+    def __init__(self) -> None:
+        """Begin with nothing quantised."""
+        self._of: tuple[weakref.ref[Tensor], int, Callable[[Tensor], Copy]] | None = None
         self._found: Copy | None = None
 
-    def __call__(self, x: Tensor) -> Copy:
-        """Return x [..., in] as rows; the same as last time if it is the same tensor, unchanged."""
-        same = self._of is not None and self._of[0]() is x and self._of[1] == x._version
+    def __call__(self, x: Tensor, quantise: Callable[[Tensor], Copy]) -> Copy:
+        """Return x [..., in] quantised as rows [T, in].
+
+        The same as last time if it is the same tensor, unchanged, and the same function. What
+        changes a tensor behind autograd's back (`.data`) is not seen.
+        """
+        if x.is_inference():  # counts no changes
+            return quantise(x.reshape(-1, x.shape[-1]))
+        last = self._of
+        same = last and last[0]() is x and last[1] == x._version and last[2] == quantise
         if not same or self._found is None:
-            self._found = self._quantise(x.detach().reshape(-1, x.shape[-1]))
-            self._of = weakref.ref(x), x._version
+            self._found = quantise(x.detach().reshape(-1, x.shape[-1]))
+            self._of = weakref.ref(x), x._version, quantise
         return self._found
 
 

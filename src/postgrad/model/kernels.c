@@ -387,18 +387,14 @@ void NAME(dequantise)(const int32_t *restrict sums, const float *restrict scales
         const int32_t *in = sums + row * width;
         ELEMENT *out = y + row * width;
         float scale = scales[row];
-        if (!columns) {
+        if (columns) {
 #pragma omp simd
             for (int64_t i = 0; i < width; i++)
-                out[i] = STORE((float)in[i] * scale);
-        } else if (!bias) {
-#pragma omp simd
-            for (int64_t i = 0; i < width; i++)
-                out[i] = STORE((float)in[i] * (scale * columns[i]));
+                out[i] = STORE((float)in[i] * (scale * columns[i]) + (bias ? LOAD(bias[i]) : 0.0f));
         } else {
 #pragma omp simd
             for (int64_t i = 0; i < width; i++)
-                out[i] = STORE((float)in[i] * (scale * columns[i]) + LOAD(bias[i]));
+                out[i] = STORE((float)in[i] * scale + (bias ? LOAD(bias[i]) : 0.0f));
         }
     }
 }

@@ -7,7 +7,7 @@ is our own so that the backward pass keeps only its input and x Aᵀ; the direct
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -245,20 +245,27 @@ def lora_layers(model: Any) -> dict[str, LoraLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, LoraLinear)}
 
 
-def use_eight_bit(model: Any, kind: Literal["int8", "fp8"]) -> None:
+def use_eight_bit(
+    model: Any, kind: Literal["int8", "fp8"], largest: Mapping[str, Tensor] | None = None
+) -> None:
     """Give the adapted layers their frozen weight in 8 bits: training mode computes with it.
 
     Evaluation mode goes on in the model's precision, which is served. Layers whose widths the
-    format does not take keep that in both.
+    format does not take keep that in both. `largest` is for int8: by layer, the largest value of
+    each input channel (`int8.watched_inputs`), so that the few that stand out are kept apart.
     """
+    layers = lora_layers(model)
     if kind == "fp8":
-        of_fp8 = fp8.shared_input()
-        for layer in lora_layers(model).values():
+        of_fp8: frozen.SharedInput[fp8.Quantised] = frozen.SharedInput()
+        for layer in layers.values():
             layer.eight_bit = fp8.Fp8Weight.of(layer.base.weight, of_fp8)
         return
-    of_int8 = int8.shared_input()
-    for layer in lora_layers(model).values():
-        layer.eight_bit = int8.Int8Weight.of(layer.base.weight, of_int8)
+    of_int8: frozen.SharedInput[int8.Rows] = frozen.SharedInput()
+    split = whole = int8.Split()
+    for name, layer in layers.items():
+        found = (largest or {}).get(name)
+        split = whole if found is None else int8.split_of(found, split)
+        layer.eight_bit = int8.Int8Weight.of(layer.base.weight, of_int8, split)
 
 
 def eight_bit_weights(model: Any) -> int:

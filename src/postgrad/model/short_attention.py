@@ -57,7 +57,7 @@ def short_attention(
 
     q [T, H, D], k and v [T, K, D], H a multiple of K -> [T, H, D].
     """
-    return _ShortAttention.apply(q, k, v, layout, limit, scale)  # type: ignore[no-untyped-call,no-any-return]
+    return _ShortAttention.apply(q, k, v, layout, limit, float(scale))  # type: ignore[no-untyped-call,no-any-return]
 
 
 @functools.lru_cache(maxsize=16)
@@ -102,13 +102,14 @@ class _ShortAttention(torch.autograd.Function):
             *(_work(threads * room), room, scale, len(found), heads, k.shape[1], width),
             *(layout.window or longest, threads),
         )
-        ctx.save_for_backward(q, k, v, log_sums, found)
-        ctx.layout, ctx.longest, ctx.scale = layout, longest, scale
+        ctx.save_for_backward(q, k, v, log_sums)
+        ctx.found, ctx.layout, ctx.longest, ctx.scale = found, layout, longest, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, log_sums, found = ctx.saved_tensors
+        q, k, v, log_sums = ctx.saved_tensors
+        found = ctx.found  # cached, perhaps since an inference, which could not be saved
         grad = grad.to(q.dtype).contiguous()
         (_, heads, width), key_heads, prefix = q.shape, k.shape[1], ctx.layout.prefix
         dq, dk, dv = (_like(x, ctx.layout, found) for x in (q, k, v))

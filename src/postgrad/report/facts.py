@@ -289,12 +289,14 @@ def recompute_section(report: Report) -> Html:
     run = str(report.record.get("id", report.path.name))
     several = report.record.get("seeds") or ()
     seeds = f" --seeds {len(several)}" if several else ""
+    chosen = report.training.base_precision if report.training else None
+    same = f" train.base_precision={chosen}" if chosen else ""
     lines = [
         f"RUN={shlex.quote(run)}  # the folder of this page",
         "# this page and the model card again, from the files of the run",
         'postgrad report "$RUN"',
         "# the whole run again, in the folder where it was started",
-        f'postgrad run "$RUN/recipe.yaml" --out again{seeds}',
+        f'postgrad run "$RUN/recipe.yaml"{same} --out again{seeds}',
     ]
     evaluation = report.evaluation
     tuned = evaluation.tuned if evaluation else None

@@ -344,10 +344,12 @@ def _reproduction(report: Report) -> list[str]:
     versions = ", ".join(f"{k} {v}" for k, v in dict(record.get("versions") or {}).items())
     evaluation = report.evaluation
     tuned = evaluation.tuned if evaluation else None
+    chosen = report.training.base_precision if report.training else None
+    same = f" train.base_precision={chosen}" if chosen else ""
     commands = [
         f"RUN={shlex.quote(str(record.get('id', report.path.name)))}  # the folder of this card",
         "# the whole run again, in the folder where it was started",
-        'postgrad run "$RUN/recipe.yaml" --out again',
+        f'postgrad run "$RUN/recipe.yaml"{same} --out again',
     ]
     if tuned and tuned.evidence:
         commands.append(f"# {tuned.value:.6g} on {tuned.n} rows, from its evidence alone")

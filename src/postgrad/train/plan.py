@@ -73,6 +73,7 @@ def resolve_train(
     if checkpointing == "auto":
         smallest = longest if micro == "auto" else max(longest, micro)
         checkpointing = smallest * bytes_per_token(False) > free_bytes * CHECKPOINT_SHARE
+    assert isinstance(batch, int)
     if micro == "auto":
         fitting = int(free_bytes * ACTIVATION_SHARE / bytes_per_token(checkpointing))
         preferred = GPU_MICRO_BATCH if on_gpu else even_share(batch, CPU_MICRO_BATCH)

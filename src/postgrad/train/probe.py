@@ -139,7 +139,7 @@ def probe(work: Forecast, dataset: Dataset, directory: Path) -> Speed:
 
 def _timed(recipe: Recipe, few: Dataset, directory: Path, layers: int) -> tuple[Timing, Recipe]:
     """Return the timing, and the recipe with the threads that were found to be fastest."""
-    session = open_session(recipe, few, _random_model(recipe, directory, layers))
+    session = open_session(recipe, few, _random_model(recipe, directory, layers)).settled(())
     return time_session(session), session.recipe
 
 

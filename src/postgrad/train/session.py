@@ -39,6 +39,8 @@ from postgrad.types import Batch, Check, Dropped, Split, Tokens
 PROBE_TOKENS = 1024
 """Tokens that are timed to choose threads, fewer where a step has fewer."""
 PROBE_TURNS = 3
+CALIBRATION_ROWS, CALIBRATION_TOKENS = 8, 512
+"""Training rows, and tokens of each at most, on which the largest inputs of layers are found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +138,10 @@ def open_session(recipe: Recipe, dataset: Dataset, loaded: Loaded | None = None)
     adapt = recipe.model.adapt
     if isinstance(adapt, LoraConfig):
         lora.add_lora(loaded.model, adapt, recipe.seed)
-        _use_eight_bit(recipe, loaded)
     else:
         loaded.model.requires_grad_(True)
     renderings, rows, dropped = _rows(recipe, dataset, renderer)
+    _use_eight_bit(recipe, loaded, rows[0])
     full_in_bf16 = isinstance(adapt, FullConfig) and loaded.dtype == torch.bfloat16
     recipe, apart = _sharing(recipe, loaded.model)
     objective = SupervisedFineTuning(
@@ -152,7 +154,7 @@ def open_session(recipe: Recipe, dataset: Dataset, loaded: Loaded | None = None)
     return _resolved(Session(*given, apart=apart))
 
 
-def _use_eight_bit(recipe: Recipe, loaded: Loaded) -> None:
+def _use_eight_bit(recipe: Recipe, loaded: Loaded, rows: Sequence[Tokens]) -> None:
     """Have the frozen weights in 8 bits too, for training steps, where the recipe says so.
 
     For `auto`, where it could be had and a trial of the largest layer shows it faster.
@@ -160,7 +162,7 @@ def _use_eight_bit(recipe: Recipe, loaded: Loaded) -> None:
     choice, on = recipe.train.base_precision, loaded.model.device
     if choice == "auto":
         layers = lora.lora_layers(loaded.model).values()
-        if on.type != "cpu" or why_not_eight_bit(recipe.train, recipe.model) or not layers:
+        if int8.why_not(on) or why_not_eight_bit(recipe.train, recipe.model) or not layers:
             return
         largest = max((layer.base.weight for layer in layers), key=Tensor.numel)
         if not int8.pays(largest):
@@ -170,13 +172,24 @@ def _use_eight_bit(recipe: Recipe, loaded: Loaded) -> None:
     problem = fp8.why_not(on) if choice == "fp8" else int8.why_not(on)
     if choice == "fp8" and not problem and loaded.dtype != torch.bfloat16:
         problem = f"the model computes in {loaded.dtype}, float8 stands in for bf16"
-    if not problem:
-        lora.use_eight_bit(loaded.model, "fp8" if choice == "fp8" else "int8")
+    if choice == "fp8" and not problem:
+        lora.use_eight_bit(loaded.model, "fp8")
+    elif not problem:
+        lora.use_eight_bit(loaded.model, "int8", _largest_inputs(loaded.model, rows))
     elif choice != "auto":
         raise TrainingError(
             f"train.base_precision is {choice}, but {problem}",
             "set it to auto or model; int8 is for CPUs, fp8 for GPUs of Ada, Hopper or later",
         )
+
+
+def _largest_inputs(model: Any, rows: Sequence[Tokens]) -> dict[str, Tensor]:
+    """Return layer -> the largest value of each input channel [in], on a few training rows."""
+    few = rows[:: max(1, len(rows) // CALIBRATION_ROWS)][:CALIBRATION_ROWS]
+    with torch.no_grad(), int8.watched_inputs(lora.lora_layers(model)) as largest:
+        for row in few:
+            model(torch.from_numpy(row.ids[:CALIBRATION_TOKENS]).long().unsqueeze(0))
+    return largest
 
 
 def _sharing(recipe: Recipe, model: Any) -> tuple[Recipe, str]:

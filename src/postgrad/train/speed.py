@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from postgrad.config import Recipe
-from postgrad.errors import RunError
+from postgrad.errors import ConfigError, RunError
 from postgrad.estimate import Method, Speed
 from postgrad.machine import hardware, versions
 from postgrad.run import Run, list_runs, read_json, to_json, write_atomic
@@ -46,7 +46,7 @@ def recorded_speed(recipe: Recipe, method: Method, root: Path) -> Speed | None:
             if _conditions_of(run) != wanted or not _same_choices(recipe, run):
                 continue
             rate = training_rate(run.read_metrics())
-        except RunError:
+        except (RunError, ConfigError):
             continue  # A damaged run says nothing; `postgrad runs` names it.
         if rate is not None:
             return Speed(rate, "recorded run", str(run.path))
