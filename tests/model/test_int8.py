@@ -182,7 +182,7 @@ def test_the_largest_channels_are_kept_apart():
     split = int8.split_of(largest["a"], int8.Split())
     assert int8.split_of(largest["b"], split) is split
     assert int8.split_of(largest["b"].flip(0), split) is not split
-    assert int8.split_of(torch.ones(64), split).apart.shape == (8,)
+    assert int8.split_of(torch.ones(64), split).apart.shape == (int8.APART,)
     assert set(large) < set(split.apart.tolist())
     assert split.columns.nonzero().numel() == 576 - int8.APART
     exact = x.float() @ weight.float().t()

@@ -31,9 +31,10 @@ ON_STACK = 2**14
 """Longest row that kernels.c quantises: a thread keeps it on its stack in float32."""
 SMALLEST = 2**16
 """Weights of a layer from which quantising its input can pay at all."""
-APART = 8
+APART = 16
 """Input channels of a layer that are kept apart. With all of them quantised a gradient of the 135M
-model lay 26 to 33 % from bf16's, with 8 apart 12 %, with 16 or 32 no nearer (LOG.md)."""
+model lay 30 to 33 % from bf16's on two kinds of rows, with 8 apart 18 and 26 %, with 16 apart 15
+and 17 % (LOG.md); a product of 16 takes as long as one of 8."""
 PROBE_ROWS, PROBE_TURNS = 256, 9
 LEAST_GAIN = 1.2
 """How much faster a layer must be in a trial for int8 to be chosen by itself."""
