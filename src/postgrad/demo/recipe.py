@@ -7,7 +7,7 @@ from postgrad.config import Recipe, load_recipe
 from postgrad.demo.licences import licence_rows_file
 from postgrad.errors import ConfigError
 
-FULL_MINUTES = 7.0
+FULL_MINUTES = 6.0
 """The budget for which recipe.yaml is written, on two CPU cores."""
 FEWEST_MINUTES = 1.0
 
