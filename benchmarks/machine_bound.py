@@ -1,6 +1,7 @@
 """What this machine could do at best: matrix products of the model's own shapes, timed.
 
-Usage: python machine_bound.py BASE [bf16] [fp32]. Prints one JSON document.
+Usage: python machine_bound.py BASE [bf16] [fp32] [int8]. Prints one JSON document. int8: products
+with frozen weights in int8, everything else in bf16, as postgrad trains LoRA by default.
 
 Counted in multiplications and additions (2 for each weight), per token:
 
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from postgrad.machine import available_cores
+from postgrad.model import int8
 from postgrad.model.load import model_directory
 
 TOKENS = 2048
@@ -38,7 +40,12 @@ WINDOW_SECONDS = 0.1
 """Long enough for the clock of a processor under load to settle."""
 RANK = 16
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PRECISIONS = {
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp32": (torch.float32, torch.float32),
+    "int8": (torch.bfloat16, torch.int8),
+}
+"""Name -> what everything else is multiplied in, and frozen weights."""
 
 Shape = tuple[int, int]
 
@@ -57,14 +64,15 @@ def gflops(shape: Shape, tokens: int, dtype: torch.dtype) -> tuple[float, float,
     """Return GFLOP/s of x Wᵀ (forward), g W (gradient of the input), gᵀ x (of the weight)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out, width = shape
-    weight = torch.randn(out, width, device=device).to(dtype)
-    x = torch.randn(tokens, width, device=device).to(dtype)
-    gradient = torch.randn(tokens, out, device=device).to(dtype)
+    size = 40 if dtype == torch.int8 else 1
+    weight = (size * torch.randn(out, width, device=device)).to(dtype)
+    x = (size * torch.randn(tokens, width, device=device)).to(dtype)
+    gradient = (size * torch.randn(tokens, out, device=device)).to(dtype)
     work = 2 * tokens * out * width
     seconds = (
         _seconds(x, weight.t()),
         _seconds(gradient, weight),
-        _seconds(gradient.t(), x),
+        float("inf") if dtype == torch.int8 else _seconds(gradient.t(), x),
     )
     forward, backward, weight_gradient = (work / each / 1e9 for each in seconds)
     return forward, backward, weight_gradient
@@ -75,14 +83,16 @@ def _seconds(a: Tensor, b: Tensor) -> float:
 
     The result is written to memory that is there already.
     """
-    result = torch.empty(len(a), b.shape[1], dtype=a.dtype, device=a.device)
+    whole = a.dtype == torch.int8
+    dtype, product = (torch.int32, torch._int_mm) if whole else (a.dtype, torch.mm)
+    result = torch.empty(len(a), b.shape[1], dtype=dtype, device=a.device)
     windows = []
     count = 1
     for window in range(2 + WINDOWS):
         _finish(a)
         began = time.perf_counter()
         for _ in range(count):
-            torch.mm(a, b, out=result)
+            product(a, b, out=result)
         _finish(a)
         each = (time.perf_counter() - began) / count
         if window < 2:  # the first call prepares, the second says how many fill a window
@@ -98,15 +108,27 @@ def _finish(tensor: Tensor) -> None:
         torch.cuda.synchronize()
 
 
-def measure(counts: Counter[Shape], head: Shape, dtype: torch.dtype) -> dict[str, Any]:
-    """Return seconds per token of the counted products, and the speed of each shape."""
+def measure(
+    counts: Counter[Shape],
+    head: Shape,
+    dtype: torch.dtype,
+    frozen_dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """Return seconds per token of the counted products, and the speed of each shape.
+
+    Frozen weights are multiplied in `frozen_dtype`, where that is given.
+    """
     speeds = {shape: gflops(shape, TOKENS, dtype) for shape in counts}
+    of_frozen = speeds
+    if frozen_dtype not in (None, dtype):
+        assert frozen_dtype is not None
+        of_frozen = {shape: gflops(shape, TOKENS, frozen_dtype) for shape in counts}
     head_speed = gflops(head, HEAD_TOKENS, dtype)
     fastest = max(max(speed) for speed in speeds.values())
     frozen = {shape: 2 * shape[0] * shape[1] * number for shape, number in counts.items()}
     frozen_seconds = sum(
         frozen[shape] * (1 / forward + 1 / backward)
-        for shape, (forward, backward, _) in speeds.items()
+        for shape, (forward, backward, _) in of_frozen.items()
     )
     weight_seconds = sum(frozen[shape] / speed[2] for shape, speed in speeds.items())
     adapter_flops = 6 * sum(RANK * (o + i) * number for (o, i), number in counts.items())
@@ -126,7 +148,7 @@ def measure(counts: Counter[Shape], head: Shape, dtype: torch.dtype) -> dict[str
         "head_flops_per_supervised_token": 2 * head_flops,
         "shapes": {
             f"{o}x{i}": [round(each, 1) for each in speed]
-            for (o, i), speed in {**speeds, head: head_speed}.items()
+            for (o, i), speed in {**of_frozen, head: head_speed}.items()
         },
     }
 
@@ -136,11 +158,12 @@ def main() -> None:
     directory = model_directory(sys.argv[1])
     counts, head = linear_shapes(directory)
     found: dict[str, Any] = {}
-    for name in sys.argv[2:] or list(DTYPES):
-        dtype = DTYPES[name]
+    for name in sys.argv[2:] or list(PRECISIONS):
+        if name == "int8" and int8.why_not(torch.device("cpu")):
+            continue
         for threads in sorted({1, available_cores()}):
             torch.set_num_threads(threads)
-            result = {"threads": threads, **measure(counts, head, dtype)}
+            result = {"threads": threads, **measure(counts, head, *PRECISIONS[name])}
             if name not in found or result["gflops"] > found[name]["gflops"]:
                 found[name] = result
     json.dump(found, sys.stdout)

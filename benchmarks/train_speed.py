@@ -140,7 +140,7 @@ class Speed:
         say(f"{method}, {kind}: {part['rows']}")
         for repetition in range(plan.repetitions):
             if len(part["machine_bound"]) <= repetition:
-                precisions = ["bf16", "fp32"] if repetition == 0 else ["bf16"]
+                precisions = ["bf16", "int8", "fp32"] if repetition == 0 else ["bf16", "int8"]
                 part["machine_bound"].append(machine_bound(self.bench.model, precisions))
             done = {(run["contender"], run["repetition"]) for run in part["runs"]}
             for contender in self.contenders:

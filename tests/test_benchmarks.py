@@ -139,6 +139,9 @@ def test_the_bound_counts_the_products_of_a_lora_step(tiny_model_dir):
     assert found["head_weight_gradient_seconds_per_supervised_token"] > 0
     seconds = found["frozen_seconds_per_token"]
     assert seconds == pytest.approx(4 * weights / found["gflops"] / 1e9)
+    in_int8 = machine_bound.measure(counts, head, torch.bfloat16, torch.int8)
+    assert in_int8["frozen_flops_per_token"] == 4 * weights
+    assert in_int8["frozen_seconds_per_token"] > 0
 
 
 def test_the_bound_falls_with_the_share_of_supervised_tokens():
@@ -193,6 +196,15 @@ def test_a_summary_gives_medians_spread_and_ratios():
     assert [line.split()[-1] for line in goals_table([part]).splitlines()[2:]] == [
         "yes", "no", "no", "yes",
     ]  # fmt: skip
+    # frozen weights twice as fast: the share is of that bound, for LoRA
+    faster = {**PRODUCTS, "frozen_seconds_per_token": PRODUCTS["frozen_seconds_per_token"] / 2}
+    reduced = {**part, "machine_bound": [{"bf16": PRODUCTS, "int8": faster}]}
+    reduced["summary"] = summarise(reduced)
+    assert reduced["summary"]["bound_tokens_per_second"] == 2000
+    assert reduced["summary"]["int8_bound_tokens_per_second"] > 2000
+    share = reduced["summary"]["goals"][2]
+    assert share["found"] == 1000 / reduced["summary"]["int8_bound_tokens_per_second"]
+    assert "GEMM bound, frozen int8" in speed_table([reduced])
     part["failed"] = {UNSLOTH: "it broke"}
     shown = failures({"missing": {"trl": "no wheel"}, "measured": [part]})
     assert shown == "trl: not installed: no wheel\nlora, chat: Unsloth CPU: it broke"

@@ -1,5 +1,6 @@
 """A whole recipe on the tiny model, in one process: what lies in the run directory afterwards."""
 
+import itertools
 import json
 import shutil
 
@@ -9,6 +10,7 @@ from postgrad import cli, stages
 from postgrad.config import load_recipe
 from postgrad.data.dataset import read_dataset
 from postgrad.errors import RunError
+from postgrad.model import int8
 from postgrad.run import Run, create_run, find_resumable, read_json, read_jsonl, verify_checksums
 from postgrad.strict_yaml import parse_yaml
 from postgrad.types import Split
@@ -287,3 +289,18 @@ def test_the_combined_document_keeps_seeds_and_rows_apart(seeded, capsys):
     assert cli.call(["run", str(path), "--out", str(out), "--resume"]) == 1
     assert "another command" in capsys.readouterr().err
     assert cli.call(["run", str(path), "--seeds", "1"]) == 2
+
+
+def test_seeds_are_all_trained_in_the_precision_of_the_first(tiny_model_dir, tmp_path, monkeypatch):
+    """A trial by time decides once: the spread over seeds must hold nothing else."""
+    turn = itertools.cycle([True, False])
+    monkeypatch.setattr(int8, "SMALLEST", 1)
+    monkeypatch.setattr(int8, "pays", lambda weight: next(turn))
+    recipe = load_recipe(
+        write_recipe(tmp_path, tiny_model_dir, max_steps=6, eval_steps=3),
+        ["model.precision=bf16", "evaluate.fewshot=[]"],
+    )
+    stages.run_seeds(recipe, 3, stages.Options(out=tmp_path / "out"))
+    members = [Run(path) for path in (tmp_path / "out" / "seeds").iterdir()]
+    assert [m.config.train.base_precision for m in members] == ["int8"] * 3
+    assert [m.record["train"]["base_precision"] for m in members] == ["int8"] * 3

@@ -1,12 +1,15 @@
 """A recipe counted without its model equals what a session counts with it."""
 
+import itertools
+
 import pytest
 
 from postgrad.data.dataset import load_dataset
 from postgrad.errors import DataError
 from postgrad.estimate import flops
-from postgrad.model import fp8
+from postgrad.model import fp8, int8
 from postgrad.model.light_tokenizer import load_light_tokenizer
+from postgrad.model.lora import eight_bit_weights
 from postgrad.train.forecast import document, forecast
 from postgrad.train.optimizer import trainable
 from postgrad.train.probe import Timing, dry_run, probe, time_session
@@ -60,6 +63,24 @@ def test_copies_in_float8_are_counted(tiny_model_dir, tmp_path, monkeypatch):
     assert counted.method.eight_bit_bytes == 2 * 2 * (64 * 64 + 64 * 128)
     known = dry_run(open_session(recipe, dataset), dataset)
     assert known["memory"]["eight_bit_copies_bytes"] == counted.method.eight_bit_bytes
+
+
+def test_both_models_of_a_probe_are_timed_in_one_precision(tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(int8, "SMALLEST", 1)
+    turn = itertools.cycle([True, False])
+    monkeypatch.setattr(int8, "pays", lambda weight: next(turn))
+    recipe, dataset = prepared(tiny_model_dir, tmp_path, model={"precision": "bf16"})
+    seen = []
+    monkeypatch.setattr(
+        "postgrad.train.probe.time_session",
+        lambda session: (
+            seen.append((session.recipe.train.base_precision, eight_bit_weights(session.model) > 0))
+            or time_session(session)
+        ),
+    )
+    work = forecast(recipe, dataset, tiny_model_dir, load_light_tokenizer(tiny_model_dir))
+    probe(work, dataset, tiny_model_dir)
+    assert seen == [("int8", True)] * 2
 
 
 def test_a_dry_run_moves_nothing(tiny_model_dir, tmp_path):

@@ -207,6 +207,11 @@ def test_int8_is_not_tried_where_the_recipe_excludes_it(
     assert session.settled(()).recipe.train.base_precision == "model"
 
 
+def test_int8_is_refused_where_no_layer_is_large_enough(tiny_model_dir, tmp_path):
+    with pytest.raises(TrainingError, match="is int8, but no layer with an adapter has a size"):
+        prepare(tiny_model_dir, tmp_path, base_precision="int8", model={"precision": "bf16"})
+
+
 def test_int8_is_refused_where_its_sums_are_wrong(tiny_model_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(int8, "why_not", lambda device: "this processor's int8 sums overflow")
     monkeypatch.setattr(int8, "pays", lambda weight: True)

@@ -155,32 +155,33 @@ def open_session(recipe: Recipe, dataset: Dataset, loaded: Loaded | None = None)
 
 
 def _use_eight_bit(recipe: Recipe, loaded: Loaded, rows: Sequence[Tokens]) -> None:
-    """Have the frozen weights in 8 bits too, for training steps, where the recipe says so.
-
-    For `auto`, where it could be had and a trial of the largest layer shows it faster.
-    """
-    choice, on = recipe.train.base_precision, loaded.model.device
-    if choice == "auto":
-        layers = lora.lora_layers(loaded.model).values()
-        if int8.why_not(on) or why_not_eight_bit(recipe.train, recipe.model) or not layers:
-            return
-        largest = max((layer.base.weight for layer in layers), key=Tensor.numel)
-        if not int8.pays(largest):
-            return
-    elif choice == "model":
+    """Have the frozen weights in 8 bits too, for training steps, where the recipe says so."""
+    model, choice = loaded.model, recipe.train.base_precision
+    if choice == "model" or (choice == "auto" and not _int8_pays(recipe, model)):
         return
-    problem = fp8.why_not(on) if choice == "fp8" else int8.why_not(on)
+    problem = fp8.why_not(model.device) if choice == "fp8" else int8.why_not(model.device)
     if choice == "fp8" and not problem and loaded.dtype != torch.bfloat16:
         problem = f"the model computes in {loaded.dtype}, float8 stands in for bf16"
-    if choice == "fp8" and not problem:
-        lora.use_eight_bit(loaded.model, "fp8")
-    elif not problem:
-        lora.use_eight_bit(loaded.model, "int8", _largest_inputs(loaded.model, rows))
-    elif choice != "auto":
+    if not problem:
+        if choice == "fp8":
+            lora.use_eight_bit(model, "fp8")
+        else:
+            lora.use_eight_bit(model, "int8", _largest_inputs(model, rows))
+        if not lora.eight_bit_weights(model):
+            problem = "no layer with an adapter has a size that it can be multiplied in"
+    if problem:
         raise TrainingError(
             f"train.base_precision is {choice}, but {problem}",
             "set it to auto or model; int8 is for CPUs, fp8 for GPUs of Ada, Hopper or later",
         )
+
+
+def _int8_pays(recipe: Recipe, model: Any) -> bool:
+    """Whether int8 can be had, nothing in the recipe excludes it and a trial shows it faster."""
+    layers = lora.lora_layers(model).values()
+    if int8.why_not(model.device) or why_not_eight_bit(recipe.train, recipe.model) or not layers:
+        return False
+    return int8.pays(max((layer.base.weight for layer in layers), key=Tensor.numel))
 
 
 def _largest_inputs(model: Any, rows: Sequence[Tokens]) -> dict[str, Tensor]:
