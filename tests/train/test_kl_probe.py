@@ -88,7 +88,7 @@ def test_chunks_change_nothing(tiny_model_dir, monkeypatch):
     tuned = load_model(tiny_model_dir, LoraConfig(r=4))
     found = []
     for chunk in (3, 1000):
-        monkeypatch.setattr(kl_probe, "KL_CHUNK", chunk)
+        monkeypatch.setattr(kl_probe, "CHUNK", chunk)
         with training_attention(tuned):
             probe = probe_of(tuned, rows)
             move(tuned)
