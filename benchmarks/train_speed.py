@@ -63,12 +63,12 @@ class Plan:
 
 
 def plan_of(method: Method, repetitions: int, seconds: float, quick: bool) -> Plan:
-    """Return the plan: full tuning is timed twice at most, and for a shorter time."""
+    """Return the plan: full tuning is timed for a shorter time."""
     if quick:
         return Plan(min(repetitions, 1), QUICK)
     full = method == "full"
     timing = Timing(2, 0.5 * seconds if full else seconds, 1 if full else 2, warmup_seconds=10)
-    return Plan(min(repetitions, 2) if full else repetitions, timing)
+    return Plan(repetitions, timing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +237,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
     parser.add_argument("--rows", type=Path, help="measure this JSONL instead of made rows")
     parser.add_argument("--model", help="hub id, directory or package URI")
-    parser.add_argument("--repetitions", type=int, default=3, help="full tuning: 2 at most")
+    parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=20, help="timed, for each contender")
     parser.add_argument("--best", type=Path, help="a result whose peer settings are reused")
     parser.add_argument("--resume", type=Path, help="go on with this result of a stopped run")
