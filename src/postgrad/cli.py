@@ -75,7 +75,7 @@ def postgrad(
 def demo(
     minutes: Annotated[
         float, typer.Option("--minutes", min=1, help="Time budget on two cores.")
-    ] = 7,
+    ] = 6.0,
     out: Out = None,
     resume: Resume = False,
     as_json: AsJson = False,

@@ -1,10 +1,12 @@
+import inspect
 import json
 from zipfile import ZipFile
 
 import pytest
 
+from postgrad import cli
 from postgrad.demo import licences
-from postgrad.demo.recipe import demo_recipe
+from postgrad.demo.recipe import FULL_MINUTES, demo_recipe
 from postgrad.errors import ConfigError
 
 
@@ -71,3 +73,8 @@ def test_the_budget_scales_rows_and_evaluation(cached_rows):
     assert full.evaluate.limit >= 300
     with pytest.raises(ConfigError, match="at least one minute"):
         demo_recipe(0.5)
+
+
+def test_without_a_budget_the_recipe_is_as_it_is_written():
+    chosen = inspect.signature(cli.demo).parameters["minutes"].default
+    assert chosen == FULL_MINUTES
