@@ -16,6 +16,15 @@ CHATML = (
 )
 
 
+@pytest.fixture
+def c_kernels():
+    """The compiled kernels; skips where there is no C compiler: the definitions run there."""
+    from postgrad.model.kernels import kernels
+
+    if kernels().library is None:
+        pytest.skip(kernels().detail)
+
+
 def build_tiny_model(directory: Path, *, vocabulary: int = 384, template: str | None = CHATML):
     """Write a 2-layer grouped-query Llama and a byte-level BPE tokenizer with a ChatML template."""
     import torch

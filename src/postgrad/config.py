@@ -210,9 +210,9 @@ class TrainConfig(Section):
     threads: PositiveInt | Auto = "auto"
     """CPU threads. auto = the fastest of 1, half and all, measured at start and kept on resume."""
     attention_bucket_tokens: NonNegativeInt | Auto = "auto"
-    """On a CPU, attention of documents up to this many tokens is computed in batched matrix
-    products, that of longer ones by torch's flash kernel. auto = where they cross on this machine,
-    measured at start and kept on resume. Changes speed, never the result beyond rounding."""
+    """On a CPU, attention of documents up to this many tokens is computed together (short ones in
+    one call, others in batched products), that of longer ones by torch's flash kernel. auto = where
+    they cross on this machine, measured at start, kept on resume. Changes no more than rounding."""
     merge: bool = False
     """Also write the adapter merged into the base as a plain Transformers directory."""
     merge_tolerance: PositiveFloat = 0.02

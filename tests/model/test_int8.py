@@ -6,7 +6,7 @@ from torch import nn
 
 from postgrad import estimate
 from postgrad.config import LoraConfig
-from postgrad.model import int8, kernels, lora
+from postgrad.model import int8, lora
 from postgrad.model.frozen import SharedInput
 from postgrad.model.int8 import Int8Weight, dequantised, quantised
 
@@ -36,17 +36,15 @@ def realisation(request, monkeypatch):
     """Both realisations: the kernel in C, and tensor operations."""
     if request.param == "definition":
         monkeypatch.setattr(int8, "usable", lambda *_: False)
-    elif kernels.kernels().library is None:
-        pytest.skip("no C compiler")
+    else:
+        request.getfixturevalue("c_kernels")
     return request.param
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (1, 64), (2, 7), (37, 96), (64, 1536)])
 @pytest.mark.parametrize("columns", [False, True])
-def test_the_kernels_are_their_definitions(dtype, shape, columns):
-    if kernels.kernels().library is None:
-        pytest.skip("no C compiler")
+def test_the_kernels_are_their_definitions(c_kernels, dtype, shape, columns):
     x, factors = made(*shape, dtype=dtype), None
     if columns:
         factors = made(shape[1], seed=1, dtype=torch.float32).abs()
@@ -135,7 +133,7 @@ def test_a_processor_whose_sums_overflow_is_not_used(monkeypatch):
     monkeypatch.delattr(torch, "_int_mm")
     assert "has no int8 products" in int8.why_not(torch.device("cpu"))
     int8._inexact.cache_clear()
-    assert int8.why_not(torch.device("cuda")) == "they are made on CPUs only"
+    assert int8.why_not(torch.device("cuda")) == "int8 products are made on CPUs only"
 
 
 @pytest.mark.parametrize(("shape", "taken"), [((128, 511), False), ((128, 512), True)])
@@ -250,7 +248,7 @@ def test_threads_change_no_bit():
 
 
 @pytest.mark.parametrize("faster", [True, False])
-def test_a_trial_decides_by_time(monkeypatch, faster):
+def test_a_trial_decides_by_time(c_kernels, monkeypatch, faster):
     """Of a clock that says how long each of the two takes."""
     now = [0.0]
     monkeypatch.setattr(int8.time, "perf_counter", lambda: now[0])
@@ -267,7 +265,5 @@ def test_a_trial_decides_by_time(monkeypatch, faster):
 
     monkeypatch.setattr(int8.functional, "linear", slow_linear)
     monkeypatch.setattr(Int8Weight, "forward", slow_forward)
-    if kernels.kernels().library is None:
-        pytest.skip("no C compiler")
     assert int8.pays(made(512, 512)) == faster
     assert not int8.pays(made(64, 64))

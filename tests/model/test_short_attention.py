@@ -12,9 +12,7 @@ LAYOUT = Layout((5, 9, 30, 2, 70), shared_prefix=True)
 
 
 @pytest.fixture(autouse=True)
-def compiler():
-    if kernels.kernels().library is None:
-        pytest.skip("no C compiler")
+def one_thread(c_kernels):
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)

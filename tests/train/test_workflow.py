@@ -193,6 +193,12 @@ def test_int8_is_chosen_where_it_is_faster_and_near(
     assert (lora.eight_bit_weights(session.model) > 0) == (chosen == "int8")
     assert train_model(session, run, True, SilentDisplay())["base_precision"] == chosen
     assert bool(events(run, "eight-bit-products")) == (chosen == "int8")
+    (event,) = events(run, "base-precision")
+    assert event["setting"] == chosen
+    if not pays:
+        assert "does not show int8 faster" in event["reason"]
+    else:
+        assert ("eight-bit-near" in event["reason"]) == (not near)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +210,9 @@ def test_int8_is_not_tried_where_the_recipe_excludes_it(
 ):
     monkeypatch.setattr(int8, "pays", lambda weight: pytest.fail("tried"))
     session, _ = prepare(tiny_model_dir, tmp_path, **sections)
-    assert session.settled(()).recipe.train.base_precision == "model"
+    session = session.settled(())
+    assert session.recipe.train.base_precision == "model"
+    assert session.not_eight_bit.startswith("int8 ")
 
 
 def test_int8_is_refused_where_no_layer_is_large_enough(tiny_model_dir, tmp_path):

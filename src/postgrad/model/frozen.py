@@ -1,8 +1,8 @@
 """Products with a frozen weight W in 8 bits: what fp8.py and int8.py have in common.
 
-LoRA training multiplies with frozen weights four times as often as with anything else: x Wᵀ on the
-way forward and g W on the way back, nothing more, because W has no gradient. Both can be made in 8
-bits (SwitchBack, Wortsman et al. 2023, arXiv 2304.13013, does so for all but the gradient of W).
+Most of what LoRA training multiplies is frozen: x Wᵀ on the way forward and g W on the way back,
+nothing more, because W has no gradient. Both can be made in 8 bits (SwitchBack, Wortsman et al.
+2023, arXiv 2304.13013, does so for all but the gradient of W).
 """
 
 import weakref

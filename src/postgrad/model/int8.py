@@ -43,7 +43,7 @@ LEAST_GAIN = 1.2
 def why_not(device: torch.device) -> str:
     """Return why int8 products cannot be had on this device; "" when they can."""
     if device.type != "cpu":
-        return "they are made on CPUs only"
+        return "int8 products are made on CPUs only"
     if not hasattr(torch, "_int_mm"):
         return f"torch {torch.__version__} has no int8 products"
     return _inexact()

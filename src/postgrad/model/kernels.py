@@ -1,4 +1,4 @@
-"""Compile kernels.c with the machine's own C compiler, once, and call it on CPU tensors.
+"""Compile kernels.c and attention.c with the machine's own C compiler, once; call them on tensors.
 
 Without a compiler nothing breaks: `library()` is None and everything runs as ordinary tensor
 operations (see fused.py), slower. `POSTGRAD_KERNELS=off` chooses that on purpose.

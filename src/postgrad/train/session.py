@@ -61,6 +61,8 @@ class Session:
     objective: SupervisedFineTuning
     apart: str = ""
     """Why a common beginning is not computed once; "" when it is, or the recipe says off."""
+    not_eight_bit: str = ""
+    """Why frozen weights are not multiplied in 8 bits; "" when they are, or the recipe says so."""
     attention_probe: AttentionProbe | None = None
     """What was measured at this start; None where the recipe says it or on a GPU."""
 
@@ -95,10 +97,13 @@ class Session:
         choice = self.recipe.train.base_precision
         if choice != "auto":
             return self
+        reason = self.not_eight_bit
         if not near_in_eight_bits(checks):
             lora.drop_eight_bit(self.model)
+            reason = "the check eight-bit-near found loss or gradient too far off"
         found = "int8" if lora.eight_bit_weights(self.model) else "model"
-        return _with(self, self.recipe.train.model_copy(update={"base_precision": found}))
+        settled = self.recipe.train.model_copy(update={"base_precision": found})
+        return replace(_with(self, settled), not_eight_bit=reason)
 
     def stream(self, packed: bool, most: int | None = None) -> Stream:
         """Plan the training batches, those of the first `most` steps if that is given."""
@@ -141,7 +146,7 @@ def open_session(recipe: Recipe, dataset: Dataset, loaded: Loaded | None = None)
     else:
         loaded.model.requires_grad_(True)
     renderings, rows, dropped = _rows(recipe, dataset, renderer)
-    _use_eight_bit(recipe, loaded, rows[0])
+    not_eight_bit = _use_eight_bit(recipe, loaded, rows[0])
     full_in_bf16 = isinstance(adapt, FullConfig) and loaded.dtype == torch.bfloat16
     recipe, apart = _sharing(recipe, loaded.model)
     objective = SupervisedFineTuning(
@@ -151,14 +156,19 @@ def open_session(recipe: Recipe, dataset: Dataset, loaded: Loaded | None = None)
         kl_weight=recipe.train.kl_weight,
     )
     given = (recipe, loaded, renderer, renderings, rows[0], rows[1], dropped, objective)
-    return _resolved(Session(*given, apart=apart))
+    return _resolved(Session(*given, apart=apart, not_eight_bit=not_eight_bit))
 
 
-def _use_eight_bit(recipe: Recipe, loaded: Loaded, rows: Sequence[Tokens]) -> None:
-    """Have the frozen weights in 8 bits too, for training steps, where the recipe says so."""
+def _use_eight_bit(recipe: Recipe, loaded: Loaded, rows: Sequence[Tokens]) -> str:
+    """Have the frozen weights in 8 bits too, for training steps, where the recipe says so.
+
+    Returns why `auto` does not; "" when it does, or when the recipe decides.
+    """
     model, choice = loaded.model, recipe.train.base_precision
-    if choice == "model" or (choice == "auto" and not _int8_pays(recipe, model)):
-        return
+    if choice == "model":
+        return ""
+    if choice == "auto" and (reason := _why_not_int8(recipe, model)):
+        return reason
     problem = fp8.why_not(model.device) if choice == "fp8" else int8.why_not(model.device)
     if choice == "fp8" and not problem and loaded.dtype != torch.bfloat16:
         problem = f"the model computes in {loaded.dtype}, float8 stands in for bf16"
@@ -174,14 +184,17 @@ def _use_eight_bit(recipe: Recipe, loaded: Loaded, rows: Sequence[Tokens]) -> No
             f"train.base_precision is {choice}, but {problem}",
             "set it to auto or model; int8 is for CPUs, fp8 for GPUs of Ada, Hopper or later",
         )
+    return ""
 
 
-def _int8_pays(recipe: Recipe, model: Any) -> bool:
-    """Whether int8 can be had, nothing in the recipe excludes it and a trial shows it faster."""
+def _why_not_int8(recipe: Recipe, model: Any) -> str:
+    """Return what excludes int8, or that a trial does not show it faster; "" when it pays."""
+    excluded = why_not_eight_bit(recipe.train, recipe.model)
+    if reason := excluded or int8.why_not(model.device):
+        return f"int8 {reason}" if excluded else reason
     layers = lora.lora_layers(model).values()
-    if int8.why_not(model.device) or why_not_eight_bit(recipe.train, recipe.model) or not layers:
-        return False
-    return int8.pays(max((layer.base.weight for layer in layers), key=Tensor.numel))
+    largest = max((layer.base.weight for layer in layers), key=Tensor.numel)
+    return "" if int8.pays(largest) else "a trial of the largest layer does not show int8 faster"
 
 
 def _largest_inputs(model: Any, rows: Sequence[Tokens]) -> dict[str, Tensor]:
@@ -189,7 +202,8 @@ def _largest_inputs(model: Any, rows: Sequence[Tokens]) -> dict[str, Tensor]:
     few = rows[:: max(1, len(rows) // CALIBRATION_ROWS)][:CALIBRATION_ROWS]
     with torch.no_grad(), int8.watched_inputs(lora.lora_layers(model)) as largest:
         for row in few:
-            model(torch.from_numpy(row.ids[:CALIBRATION_TOKENS]).long().unsqueeze(0))
+            ids = torch.from_numpy(row.ids[:CALIBRATION_TOKENS]).long()
+            model.base_model(ids.unsqueeze(0))  # no logits
     return largest
 
 

@@ -64,22 +64,13 @@ def train_model(
     if session.attention_probe is not None:
         run.event("attention-measured", **asdict(session.attention_probe))
     run.event("shared-prefix", setting=config.shared_prefix, reason=session.apart)
+    _record_products(session, run, display)
     if session.model.device.type == "cpu":
         compiled = kernels()
         run.event("kernels", compiled=compiled.library is not None, detail=compiled.detail)
         if compiled.library is None:
             display.note(
                 f"element-wise work is not compiled, so steps are slower: {compiled.detail}"
-            )
-    if config.base_precision in ("int8", "fp8"):
-        layers = lora_layers(session.model)
-        kept = [name for name, layer in layers.items() if layer.eight_bit is None]
-        products = {"precision": config.base_precision, "layers": len(layers) - len(kept)}
-        run.event("eight-bit-products", **products, others=kept)
-        if kept:
-            display.note(
-                f"{len(kept)} of {len(layers)} layers are not multiplied in "
-                f"{config.base_precision}: {kept[0]}, ..."
             )
     if not session.objective.fused:
         run.event("logits-kept", reason="this model scales or caps its logits")
@@ -122,6 +113,23 @@ def train_model(
             )
     facts = _facts(session, run, progress, restored, memory.bytes, len(stream), packed)
     return facts | ({"retention": _kept(run, facts["best_step"], watched)} if watched else {})
+
+
+def _record_products(session: Session, run: Run, display: Display) -> None:
+    """Write down what frozen weights are multiplied in, why, and which layers are left out."""
+    choice = session.recipe.train.base_precision
+    run.event("base-precision", setting=choice, reason=session.not_eight_bit)
+    if choice not in ("int8", "fp8"):
+        return
+    layers = lora_layers(session.model)
+    others = [name for name, layer in layers.items() if layer.eight_bit is None]
+    products = {"precision": choice, "layers": len(layers) - len(others)}
+    run.event("eight-bit-products", **products, others=others)
+    if others:
+        display.note(
+            f"{len(others)} of {len(layers)} layers are not multiplied in {choice}: "
+            f"{others[0]}, ..."
+        )
 
 
 def open_graphs(session: Session, packed: bool) -> Graphs | None:
